@@ -1,0 +1,7 @@
+"""`python -m litzoo` is the `litzoo` command."""
+
+import sys
+
+from litzoo.zoo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,293 @@
+"""The contract of every DataModule: whole batches by index, randomness by key, exact resume."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from ..zoo.batch import Batch
+from ..zoo.functional.random import fold_in, random_order
+
+TRAIN, VAL, TEST = 0, 1, 2
+SPLIT_NAMES = ("train", "val", "test")
+# Numbers that keep the streams of one seed apart.
+_ORDER, _SAMPLE = 1, 2
+
+
+class DataError(ValueError):
+    """A data file is missing, broken or of another layout; the message says which, where, and what to do."""
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A data set in memory (or memory-mapped), all splits together.
+
+    Attributes:
+        input: `(M, ...)`, any dtype.
+        label: `(M,)` int64.
+        split: `(M,)` uint8: 0 = train, 1 = validation, 2 = test.
+        class_names: name of each class.
+        part: `(M, N)` part labels of points, or None.
+        part_names: name of each part; empty without parts.
+    """
+
+    input: Tensor
+    label: Tensor
+    split: Tensor
+    class_names: tuple[str, ...]
+    part: Tensor | None = None
+    part_names: tuple[str, ...] = ()
+
+
+class BatchSampler(DistributedSampler):
+    """Yields `(epoch, indices)`, one batch at a time, for this process.
+
+    The order of the samples is a function of (seed, epoch). In training, each process takes its part of every global
+    batch. In evaluation, the samples are dealt out without duplicates and every process gets the same number of batches.
+    It subclasses `DistributedSampler` only so that Lightning leaves it in place.
+
+    Args:
+        indices: `(M,)` int64, positions in the data set.
+        batch_size: samples in a batch of one process.
+        seed: seed of the order.
+        training: shuffle, and drop the incomplete last batch (if there is more than one batch).
+        shuffle: False keeps the order of `indices` in training.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int, seed: int, training: bool, shuffle: bool = True) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.seed = seed
+        self.training = training
+        self.shuffle = shuffle and training
+        self.epoch = 0
+
+    def _world(self) -> tuple[int, int]:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
+
+    def __len__(self) -> int:
+        _, world = self._world()
+        if self.training:
+            return max(1, len(self.indices) // (self.batch_size * world))
+        return -(-len(self.indices) // (self.batch_size * world))
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # type: ignore[override]  # whole batches, not single indices
+        rank, world = self._world()
+        if len(self.indices) < world:
+            raise DataError(f"{len(self.indices)} samples cannot be dealt out to {world} processes: use fewer processes")
+        if self.training:
+            order = self.indices
+            if self.shuffle:
+                order = order[random_order(fold_in(self.seed, _ORDER, self.epoch), len(order))]
+            size = min(self.batch_size * world, len(order) - len(order) % world)
+            for start in range(0, len(self) * size, size):
+                yield self.epoch, order[start + rank : start + size : world].tolist()
+        else:
+            for batch in self.indices[rank::world].tensor_split(len(self)):
+                yield self.epoch, batch.tolist()
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+class ArrayDataset(Dataset[Batch]):
+    """Reads whole batches: the index is an `(epoch, indices)` of a `BatchSampler`.
+
+    Args:
+        arrays: the data.
+        seed: seed of the samples' keys, or None for evaluation batches, which have no key.
+    """
+
+    def __init__(self, arrays: Arrays, seed: int | None) -> None:
+        self.arrays = arrays
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.arrays.label)
+
+    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
+        epoch, indices = item
+        index = torch.tensor(indices)
+        return Batch(
+            input=self.arrays.input[index],
+            label=self.arrays.label[index],
+            index=index,
+            part=None if self.arrays.part is None else self.arrays.part[index].long(),
+            key=None if self.seed is None else fold_in(self.seed, _SAMPLE, epoch, index),
+        )
+
+
+class BatchLoader(DataLoader):
+    """A DataLoader that can stop and go on in the middle of an epoch: it has `state_dict` and `load_state_dict`.
+
+    Args:
+        dataset: what to read from.
+        sampler: which batches, in which order.
+        num_workers: worker processes; 0 is the fastest for data in memory.
+    """
+
+    def __init__(self, dataset: ArrayDataset, sampler: BatchSampler, num_workers: int = 0, **kwargs: Any) -> None:
+        super().__init__(
+            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0, **kwargs
+        )
+        self._position = 0
+        self._resume: dict[str, int] | None = None
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, so that batches can be counted
+        state, self._resume = self._resume, None
+        start = state["position"] if state is not None and state["epoch"] == self.sampler.epoch else 0
+        self._position = 0
+        for batch in super().__iter__():
+            self._position += 1
+            if self._position > start:
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches given out in it, and what must not change for the rest of the epoch to be the same."""
+        sampler = self.sampler
+        return {"epoch": sampler.epoch, "position": self._position, "batch_size": sampler.batch_size, "samples": len(sampler.indices)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on after the batches that were already given out in that epoch.
+
+        Raises:
+            DataError: if the batch size or the number of samples is another one.
+        """
+        for name, now in (("batch_size", self.sampler.batch_size), ("samples", len(self.sampler.indices))):
+            if state[name] != now and state["position"] < len(self):
+                raise DataError(
+                    f"the checkpoint was written in the middle of an epoch with {name} {state[name]}, now it is {now}: "
+                    "resume with the same data and batch size, or start from a checkpoint of an epoch's end"
+                )
+        self._resume = state
+
+
+class ArrayDataModule(LightningDataModule):
+    """Base of the DataModules: a subclass says how to `read` its arrays and how to `augment` and `prepare` a batch.
+
+    `num_classes`, `class_names`, `num_train` and `class_counts` are known as soon as it is constructed. Order and
+    augmentation are functions of (seed, epoch, sample), so they depend neither on workers nor on processes, and a resumed
+    run sees what the uninterrupted one saw. The test split is read by the test loader only.
+
+    Args:
+        batch_size: training samples in a batch of one process.
+        eval_batch_size: samples in an evaluation batch; None means twice `batch_size`.
+        num_workers: loader processes; 0 is the fastest for data in memory.
+        seed: seed of order and augmentation; None takes that of `seed_everything`, or 0.
+        shuffle: whether training shuffles.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 32,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+        shuffle: bool = True,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+            raise ValueError(f"batch_size and eval_batch_size must be at least 1, got {batch_size} and {eval_batch_size}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or 2 * batch_size
+        self.num_workers = num_workers
+        self._seed = seed
+        self.shuffle = shuffle
+
+    def read(self) -> Arrays:
+        """Read the whole data set.
+
+        Raises:
+            DataError: if it is not there or broken.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define read()")
+
+    def augment(self, batch: Batch) -> Batch:
+        """Augment a training batch with randomness drawn from `batch.key` alone."""
+        return batch
+
+    def prepare(self, batch: Batch) -> Batch:
+        """What every batch needs before any augmentation, such as normalisation."""
+        return batch
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """The data, read on first use."""
+        arrays = self.read()
+        if not (arrays.split == TRAIN).any():
+            raise DataError(f"{type(self).__name__}: no sample belongs to the training split")
+        return arrays
+
+    @property
+    def seed(self) -> int:
+        """Seed of order and augmentation."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.arrays.class_names)
+
+    @property
+    def class_names(self) -> list[str]:
+        return list(self.arrays.class_names)
+
+    @property
+    def num_train(self) -> int:
+        return len(self.indices(TRAIN))
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training samples of each class."""
+        return torch.bincount(self.arrays.label[self.indices(TRAIN)], minlength=self.num_classes).tolist()
+
+    def indices(self, split: int) -> Tensor:
+        """Positions of the samples of a split (0 = train, 1 = validation, 2 = test), in ascending order."""
+        return (self.arrays.split == split).nonzero().squeeze(1)
+
+    def transform(self, batch: Batch) -> Batch:
+        """Prepare a batch and, if it has keys, augment it; on the batch's device.
+
+        Args:
+            batch: as the loaders give it.
+
+        Returns:
+            What the model gets.
+        """
+        with torch.no_grad():
+            batch = self.prepare(batch)
+            return batch if batch.key is None else self.augment(batch)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return self.transform(batch) if isinstance(batch, Batch) else batch
+
+    def _loader(self, split: int, training: bool) -> BatchLoader:
+        indices = self.indices(split)
+        if len(indices) == 0:
+            raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty")
+        return BatchLoader(
+            ArrayDataset(self.arrays, self.seed if training else None),
+            BatchSampler(indices, self.batch_size if training else self.eval_batch_size, self.seed, training, self.shuffle),
+            num_workers=self.num_workers if training else 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> BatchLoader:
+        return self._loader(TRAIN, training=True)
+
+    def eval_train_dataloader(self) -> BatchLoader:
+        """The training set in fixed order, never augmented: for memory banks, nearest neighbours and probes."""
+        return self._loader(TRAIN, training=False)
+
+    def val_dataloader(self) -> BatchLoader:
+        return self._loader(VAL, training=False)
+
+    def test_dataloader(self) -> BatchLoader:
+        return self._loader(TEST, training=False)

@@ -1,0 +1,1 @@
+"""Data sets that ship with litzoo; `furniture_LICENSE.txt` is the licence of `furniture.h5`."""

@@ -1,0 +1,45 @@
+"""Models, losses, layers, trained weights and the command line of litzoo. Names are imported on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if __name__ != "litzoo.zoo":
+    raise ImportError("import it as litzoo.zoo: a bare `zoo` would be a second copy of the package")
+
+# Name -> file that defines it. The models are also the allow-list of what a weights file may name.
+MODELS = {
+    "LogisticRegression": "logistic_regression",
+    "PointNetClassifier": "pointnet",
+}
+_EXPORTS = {
+    **MODELS,
+    "Batch": "batch",
+    "WarmupCosineLR": "optimization",
+    "WeightsError": "pretrained",
+    "list_models": "pretrained",
+    "load": "pretrained",
+    "load_encoder": "pretrained",
+    "save": "pretrained",
+}
+__all__ = sorted(_EXPORTS)
+
+if TYPE_CHECKING:
+    from .batch import Batch as Batch
+    from .logistic_regression import LogisticRegression as LogisticRegression
+    from .optimization import WarmupCosineLR as WarmupCosineLR
+    from .pointnet import PointNetClassifier as PointNetClassifier
+    from .pretrained import WeightsError as WeightsError
+    from .pretrained import list_models as list_models
+    from .pretrained import load as load
+    from .pretrained import load_encoder as load_encoder
+    from .pretrained import save as save
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,52 @@
+"""The one thing that every DataModule of litzoo yields."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """A batch of samples.
+
+    A batch with a `key` is a training batch: its DataModule's `transform` augments it. A batch without one is an
+    evaluation batch and is never augmented.
+
+    Attributes:
+        input: points `(B, N, 3)`, images `(B, C, H, W)`, views `(B, V, C, H, W)` or vectors `(B, D)`.
+        label: `(B,)` int64, the class of each sample.
+        index: `(B,)` int64, the position of each sample in its data set.
+        part: `(B, N)` int64, the part each point belongs to, or None.
+        key: `(B,)` int64, the sample's random key for this epoch, or None.
+
+    Example:
+        >>> Batch(torch.zeros(2, 1024, 3), torch.tensor([0, 1]), torch.tensor([7, 8])).key is None
+        True
+    """
+
+    input: Tensor
+    label: Tensor
+    index: Tensor
+    part: Tensor | None = None
+    key: Tensor | None = None
+
+
+def input_and_label(batch: Any) -> tuple[Tensor, Tensor]:
+    """Take `(input, label)` out of a `Batch` or of a plain `(x, y)` pair from somebody else's loader.
+
+    Args:
+        batch: a `Batch`, or a sequence whose first two items are the inputs and the labels.
+
+    Returns:
+        The inputs and the labels `(B,)`.
+
+    Raises:
+        TypeError: if it is neither.
+
+    Example:
+        >>> x, y = input_and_label((torch.zeros(2, 3), torch.tensor([0, 1])))
+    """
+    if isinstance(batch, Batch):
+        return batch.input, batch.label
+    if isinstance(batch, (tuple, list)) and len(batch) >= 2:
+        return batch[0], batch[1]
+    raise TypeError(f"a batch must be a litzoo Batch or a pair (input, label), got {type(batch).__name__}")

@@ -1,0 +1,1 @@
+"""Recipes: `litzoo fit --config NAME` finds NAME.yaml here."""

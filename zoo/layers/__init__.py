@@ -1,0 +1,1 @@
+"""Modules that are parts of models."""

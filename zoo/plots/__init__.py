@@ -1,0 +1,1 @@
+"""Figures from arrays, used by callbacks and by the command line."""
