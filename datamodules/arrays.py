@@ -135,9 +135,7 @@ class BatchLoader(DataLoader):
     """
 
     def __init__(self, dataset: ArrayDataset, sampler: BatchSampler, num_workers: int = 0, **kwargs: Any) -> None:
-        super().__init__(
-            dataset, sampler=sampler, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0, **kwargs
-        )
+        super().__init__(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0, **kwargs)
         self._position = 0
         self._resume: dict[str, int] | None = None
 

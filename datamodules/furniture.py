@@ -47,5 +47,15 @@ class FurnitureDataModule(HDF5PointsDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            FURNITURE, num_points, normalization, augmentation, val_fraction, test_fraction, split_seed, batch_size, eval_batch_size, num_workers, seed
+            FURNITURE,
+            num_points,
+            normalization,
+            augmentation,
+            val_fraction,
+            test_fraction,
+            split_seed,
+            batch_size,
+            eval_batch_size,
+            num_workers,
+            seed,
         )

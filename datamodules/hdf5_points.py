@@ -38,7 +38,9 @@ def stratified_split(label: Tensor, val_fraction: float, test_fraction: float, s
         tensor([7, 2, 1])
     """
     if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(f"val_fraction and test_fraction must be at least 0 and sum to less than 1, got {val_fraction} and {test_fraction}")
+        raise ValueError(
+            f"val_fraction and test_fraction must be at least 0 and sum to less than 1, got {val_fraction} and {test_fraction}"
+        )
     split = torch.zeros(len(label), dtype=torch.uint8)
     position = fold_in(seed, _SPLIT, torch.arange(len(label)))
     for cls in label.unique().tolist():
@@ -121,7 +123,9 @@ class HDF5PointsDataModule(ArrayDataModule):
                 part = torch.from_numpy(file["part"][:]) if "part" in file else None
                 part_names = tuple(file["part_names"].asstr()[:]) if "part_names" in file else ()
         except OSError as error:
-            raise DataError(f"{self.path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew") from error
+            raise DataError(
+                f"{self.path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew"
+            ) from error
         self._check(points, label, split, names, part)
         if split is None or self.split_seed is not None:
             split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed or 0)
@@ -131,7 +135,11 @@ class HDF5PointsDataModule(ArrayDataModule):
     def _check(self, points: Tensor, label: Tensor, split: Tensor | None, names: tuple[str, ...] | None, part: Tensor | None) -> None:
         if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
             raise DataError(f"{self.path}: points must be floats of shape (M, N, 3), they are {points.dtype} {tuple(points.shape)}")
-        for name, array, shape in (("label", label, points.shape[:1]), ("split", split, points.shape[:1]), ("part", part, points.shape[:2])):
+        for name, array, shape in (
+            ("label", label, points.shape[:1]),
+            ("split", split, points.shape[:1]),
+            ("part", part, points.shape[:2]),
+        ):
             if array is not None and array.shape != shape:
                 raise DataError(f"{self.path}: {name} must have shape {tuple(shape)} like the points, it has {tuple(array.shape)}")
         bad = (~torch.isfinite(points).all(-1).all(-1)).nonzero().squeeze(1).tolist()

@@ -1,0 +1,153 @@
+"""The `litzoo` command: finds the command, answers the light ones, and imports torch for the others only."""
+
+import difflib
+import os
+import sys
+from pathlib import Path
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+COMMANDS = {
+    "fit": "train a model: litzoo fit --config pointnet_furniture",
+    "validate": "score a checkpoint on the validation split",
+    "test": "score a checkpoint on the test split, once",
+    "predict": "classify point clouds: litzoo predict cloud.npy --model pointnet_furniture",
+    "show": "pictures: litzoo show data --config pointnet_furniture",
+    "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
+    "list": "models, trained weights, recipes, data sets and callbacks",
+}
+_TRAINING = ("fit", "validate", "test")
+
+
+class CommandError(Exception):
+    """A mistake on the command line, told in one sentence."""
+
+
+def did_you_mean(word: str, words: list[str]) -> str:
+    """The end of an error sentence: the closest of `words`, else all of them."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(words)}"
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with litzoo."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def recipe_path(name: str) -> str:
+    """The file of a recipe given by name, or `name` itself if it is a file.
+
+    Raises:
+        CommandError: if it is neither.
+    """
+    if Path(name).is_file():
+        return name
+    path = CONFIGS / f"{name}.yaml"
+    if path.is_file():
+        return str(path)
+    raise CommandError(f"no recipe {name!r}: it is neither a file nor a shipped recipe; {did_you_mean(name, recipe_names())}")
+
+
+def is_config(argument: str) -> bool:
+    """Whether an argument is `--config` or `-c`, with or without its value."""
+    return argument.partition("=")[0] in ("--config", "-c")
+
+
+def resolve_recipes(arguments: list[str]) -> list[str]:
+    """Replace the name behind each `--config` or `-c` by the file of that recipe."""
+    resolved = list(arguments)
+    for position, argument in enumerate(arguments):
+        if not is_config(argument):
+            continue
+        option, _, value = argument.partition("=")
+        if value:
+            resolved[position] = f"{option}={recipe_path(value)}"
+        elif position + 1 < len(arguments):
+            resolved[position + 1] = recipe_path(arguments[position + 1])
+        else:
+            raise CommandError(f"{option} needs the name of a recipe or a file; there are: {', '.join(recipe_names())}")
+    return resolved
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: litzoo COMMAND ...",
+            "",
+            "A PyTorch Lightning model zoo.",
+            "",
+            *lines,
+            "",
+            "litzoo COMMAND --help tells the options of a command; --debug shows the traceback of an error;",
+            "litzoo --print_completion=shtab-bash prints completions for the shell (needs shtab);",
+            "every option of fit can also be given as an environment variable, such as LITZOO_FIT__TRAINER__MAX_EPOCHS=7.",
+        ]
+    )
+
+
+def _dispatch(command: str, arguments: list[str]) -> int:
+    if command in _TRAINING:
+        arguments = resolve_recipes(arguments)
+        variable = f"LITZOO_{command.upper()}__CONFIG"
+        if variable in os.environ:
+            os.environ[variable] = recipe_path(os.environ[variable])
+        from .training import train
+
+        return train([command, *arguments])
+    if command.startswith("--print_completion"):
+        from .training import train
+
+        return train([command, *arguments])
+    if command == "list":
+        from .listing import show_list
+
+        return show_list(arguments)
+    if command == "predict":
+        from .predict import predict
+
+        return predict(arguments)
+    if command == "show":
+        from .show import show
+
+        return show(arguments)
+    if command == "export":
+        from .export import export
+
+        return export(arguments)
+    raise CommandError(f"no command {command!r}; {did_you_mean(command, list(COMMANDS))}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; a mistake is told in one line on standard error, with exit status 2.
+
+    Args:
+        argv: the arguments behind `litzoo`; None takes them from `sys.argv`.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] in ("--version", "-V"):
+        from litzoo import __version__
+
+        print(f"litzoo {__version__}")
+        return 0
+    try:
+        return _dispatch(arguments[0], arguments[1:])
+    except KeyboardInterrupt:
+        print("litzoo: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from .mistakes import sentence
+
+        message = sentence(error)
+        if debug or message is None:
+            raise
+        print(f"litzoo: {message}", file=sys.stderr)
+        return 2

@@ -1,0 +1,76 @@
+"""Tells a user's mistake from a fault of the program, and says it in one sentence."""
+
+import re
+import sys
+
+from ... import callbacks, datamodules, zoo
+from . import CommandError, did_you_mean
+
+# What surrounds the reason in the messages of jsonargparse.
+_NOISE = re.compile(r"Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
+
+
+def sentence(error: BaseException) -> str | None:
+    """The sentence to print for a mistake of the user's, or None for a fault that deserves its traceback.
+
+    Args:
+        error: what was raised.
+
+    Returns:
+        One line, or None.
+    """
+    types: list[type[BaseException]] = [CommandError, ValueError, OSError]
+    exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
+    if exceptions is not None:  # if it was never imported, its error cannot have been raised
+        types.append(exceptions.MisconfigurationException)
+    if not isinstance(error, tuple(types)):
+        return None
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return parser_sentence(str(error)) or type(error).__name__
+
+
+def _class_names(option: str) -> list[str]:
+    """Short class names that an option takes."""
+    leaf = option.lstrip("-").rpartition(".")[2]
+    if leaf in ("optimizer", "lr_scheduler"):
+        import torch
+
+        module, base = (torch.optim, "Optimizer") if leaf == "optimizer" else (torch.optim.lr_scheduler, "LRScheduler")
+        names = [name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, getattr(module, base))]
+        return names if leaf == "optimizer" else [*names, "WarmupCosineLR"]
+    return {"model": list(zoo.MODELS), "data": list(datamodules.DATAMODULES), "callbacks": list(callbacks.CALLBACKS)}.get(leaf, [])
+
+
+def parser_sentence(message: str) -> str:
+    """What is wrong with an argument, out of what jsonargparse says: the option and the innermost reason.
+
+    Args:
+        message: many lines of jsonargparse, or any other message, which is only put on one line.
+
+    Returns:
+        One line.
+    """
+    option = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    unknown_class = re.search(r"Expected a dot import path string: (\S+)", message)
+    if unknown_class:
+        name, names = unknown_class[1], _class_names(option)
+        return f"{option}: no class {name!r}" + (f"; {did_you_mean(name, names)}" if names else "; give its short name or its import path")
+    unknown_option = re.search(r"Option '([^']+)' is not accepted", message)
+    if unknown_option:
+        return f"{option}.{unknown_option[1]} is not an option of that class; {option}.help CLASS lists its options"
+    reasons = []
+    for line in message.splitlines():
+        reason = re.sub(r'Parser key "[^"]+":', "", line).strip()
+        reason = re.sub(r"^-\s*", "", reason)
+        if reason and not _NOISE.search(reason):
+            reasons.append(reason)
+    text = re.sub(r"\s+", " ", " ".join(reasons)).strip()
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
+    text = (
+        text.replace("Expected a one of", "expected one of")
+        .replace("Expected a ", "expected ")
+        .replace(". Got value: ", ", got ")
+        .replace("Got value: ", "got ")
+    )
+    return f"{option}: {text}" if option != "--" else text

@@ -1,0 +1,116 @@
+"""Run folders `ROOT/NAME/version_N`: one run each, never overwritten, found again by `last` and `best`."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+
+from . import CommandError
+
+
+def reserve_run(folder: Path, prefix: str = "version") -> Path:
+    """Make the next free folder `folder/prefix_N`; two runs started at once get two folders.
+
+    Args:
+        folder: where to make it.
+        prefix: what its name starts with.
+
+    Returns:
+        The new, empty folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    number = max(
+        (int(path.name.rpartition("_")[2]) for path in folder.glob(f"{prefix}_[0-9]*") if path.name.rpartition("_")[2].isdigit()),
+        default=-1,
+    )
+    while True:
+        number += 1
+        path = folder / f"{prefix}_{number}"
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:  # somebody else's run took the number
+            continue
+
+
+def find_checkpoint(folder: Path, which: str) -> Path:
+    """The `last` or `best` checkpoint of the newest run in a folder that has one.
+
+    Args:
+        folder: `ROOT/NAME`.
+        which: "last" or "best".
+
+    Returns:
+        The checkpoint file.
+
+    Raises:
+        CommandError: if there is none.
+    """
+    last = max(folder.glob("version_*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    if last is None:
+        raise CommandError(f"there is no checkpoint under {folder}: train first, or give a file with --ckpt_path")
+    if which == "last":
+        return last
+    import torch
+
+    callbacks = torch.load(last, weights_only=True, map_location="cpu")["callbacks"]
+    names = [Path(state["best_model_path"]).name for state in callbacks.values() if state.get("best_model_path")]
+    # By its name: the run's folder may have been moved since.
+    if names and (last.parent / names[0]).is_file():
+        return last.parent / names[0]
+    raise CommandError(f"{last} names no best checkpoint that still exists: give a file with --ckpt_path")
+
+
+def version_of(run: Path) -> int | str:
+    """What Lightning's loggers call the version: N for `version_N`, which the progress bar shows, else the name."""
+    number = run.name.removeprefix("version_")
+    return int(number) if number.isdigit() else run.name
+
+
+class RunLogger(CSVLogger):
+    """A CSV logger that writes every row at once and, when a run is resumed, goes on in the same file.
+
+    Rows at or after the step of the checkpoint are dropped on resume: the resumed run writes them again.
+
+    Args:
+        run: the run's folder, which exists.
+        resumed_step: `global_step` of the checkpoint, or None for a new run.
+    """
+
+    def __init__(self, run: Path, resumed_step: int | None = None) -> None:
+        super().__init__(save_dir=run.parent.parent, name=run.parent.name, version=version_of(run), flush_logs_every_n_steps=1)
+        self._resumed_step = resumed_step
+
+    @property
+    def experiment(self) -> Any:
+        if self._experiment is None and self._resumed_step is not None:
+            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+            rows: list[dict[str, str]] = []
+            if path.is_file():
+                with path.open(newline="", encoding="utf-8") as file:
+                    rows = [row for row in csv.DictReader(file) if int(row["step"] or 0) < self._resumed_step]
+                # Out of the way of the writer, which deletes the file that it finds.
+                path.rename(path.with_suffix(".resumed.csv"))
+            writer = super().experiment
+            writer.metrics = [{key: value for key, value in row.items() if value != ""} for row in rows]
+            writer.metrics_keys = sorted({key for row in writer.metrics for key in row})
+            if rows:
+                writer.save()
+                path.with_suffix(".resumed.csv").unlink()
+        return super().experiment
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The run folder that a checkpoint lies in, or None if it lies elsewhere."""
+    run = checkpoint.resolve().parent.parent
+    return run if checkpoint.resolve().parent.name == "checkpoints" and run.name.startswith("version_") else None
+
+
+def shared_folder(variable: str, make: Any) -> Path:
+    """Make a folder once for all processes of a run: children started by the launcher read it from the environment."""
+    if variable not in os.environ or "LOCAL_RANK" not in os.environ:
+        os.environ[variable] = str(make())
+    return Path(os.environ[variable])

@@ -1,0 +1,192 @@
+"""`litzoo fit`, `validate` and `test`: LightningCLI with recipes, checked links and run folders."""
+
+import ctypes
+import logging
+import os
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from jsonargparse import set_parsing_settings
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from ... import callbacks, datamodules, zoo
+from . import CommandError, is_config
+from .runs import RunLogger, find_checkpoint, reserve_run, run_of, shared_folder, version_of
+
+# What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
+LINKS = ("num_classes", "class_names", "class_counts", "num_train", "normalization")
+
+
+class _Parser(LightningArgumentParser):
+    # The parsers of nested classes end here too, so the message is shortened only where it is printed.
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise CommandError(message) from ex
+
+
+class LitzooCLI(LightningCLI):
+    """LightningCLI for any LightningModule and LightningDataModule, with litzoo's reachable by their short names."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        sys.argv = [sys.argv[0], *arguments]  # LightningCLI warns about args= beside a command line
+        super().__init__(
+            LightningModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            parser_class=_Parser,
+            parser_kwargs={"default_env": True, "env_prefix": "LITZOO", "prog": "litzoo"},
+            trainer_defaults={"max_epochs": 100, "default_root_dir": "runs", "log_every_n_steps": 10},
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        everything = LightningCLI.subcommands()
+        return {name: everything[name] for name in ("fit", "validate", "test")}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for name in LINKS:
+            parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
+        parser.add_argument("--name", type=str | None, default=None, help="Folder of the runs; default: the recipe's name, or the model's.")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {"checkpoint.monitor": "val/loss", "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False},
+        )
+        parser.set_defaults({"checkpoint.filename": "epoch_{epoch:03d}"})
+
+    def _parse_ckpt_path(self) -> None:
+        """LightningCLI lets a checkpoint's hyper-parameters override the command line; here the command line holds."""
+
+    def _settings(self) -> Any:
+        return self.config[self.subcommand]
+
+    def _run_name(self) -> str:
+        settings = self._settings()
+        if settings.name:
+            return settings.name
+        for path in settings.get("config") or []:
+            return Path(str(path)).stem
+        return settings.model.class_path.rpartition(".")[2]
+
+    def before_instantiate_classes(self) -> None:
+        settings = self._settings()
+        self._given = {name: settings.model.init_args.get(name) for name in LINKS if settings.model.get("init_args")}
+        self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
+        wanted = settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        self._checkpoint: Path | None = None
+        self._resumed_step: int | None = None
+        if wanted is not None:
+            self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
+            if not self._checkpoint.is_file():
+                raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
+            settings.ckpt_path = str(self._checkpoint)
+            print(f"litzoo: {self.subcommand} from {self._checkpoint}")
+            if self.subcommand == "fit" and wanted == "last":
+                self._resumed_step = torch.load(self._checkpoint, weights_only=True, map_location="cpu")["global_step"]
+        if settings.trainer.fast_dev_run or settings.trainer.logger is False:
+            self.save_config_callback = None  # there is no folder to save it in
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Only now, with model and data made, is it clear that there will be a run.
+        self._refuse_disagreement()
+        trainer, run = self._get(self.config_init, "trainer"), None
+        if self.save_config_callback is not None:
+            run = self._make_run()
+            if trainer.get("logger") in (None, True):
+                kwargs["logger"] = [
+                    RunLogger(run, self._resumed_step),
+                    TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed_step),
+                ]
+        self.trainer_defaults["callbacks"] = [callbacks.StepSeed()]
+        if self.subcommand == "fit":
+            checkpoint = self._get(self.config_init, "checkpoint")
+            if run is not None and checkpoint.dirpath is None:
+                checkpoint.dirpath = str(run / "checkpoints")
+            if run is not None:
+                self.trainer_defaults["callbacks"].append(LearningRateMonitor())
+        self.run_folder = run
+        return super().instantiate_trainer(**kwargs)
+
+    def _refuse_disagreement(self) -> None:
+        """jsonargparse drops a hand-given value of a linked argument in silence."""
+        for name, given in self._given.items():
+            known = getattr(self.datamodule, name, None)
+            if given is not None and known is not None and given != known:
+                raise CommandError(
+                    f"--model.{name} {given} disagrees with the data, whose {name} is {known}: leave it out, the data give it"
+                )
+
+    def _make_run(self) -> Path:
+        """The folder of this run: a new one, but the checkpoint's own for `--ckpt_path last`."""
+        old = None if self._checkpoint is None else run_of(self._checkpoint)
+        if self._resumed_step is not None and old is not None:
+            self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(old.glob('config*.yaml')))}.yaml"}
+            return old
+        if self.subcommand == "fit":
+            return shared_folder("LITZOO_RUN", lambda: reserve_run(self._runs))
+        return shared_folder("LITZOO_RUN", lambda: reserve_run(old or self._runs, str(self.subcommand)))
+
+    def before_fit(self) -> None:
+        if self.run_folder is not None and self.trainer.is_global_zero:
+            print(f"litzoo: this run writes to {self.run_folder}")
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero and isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
+            best = self.trainer.checkpoint_callback.best_model_path
+            if best:
+                print(f"litzoo: best checkpoint by {self.trainer.checkpoint_callback.monitor}: {best}")
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to reuse freed blocks instead of returning them to the kernel after every step.
+
+    Activations are blocks of many MB; by default each is mapped and unmapped anew, and zeroing its pages costs more than
+    the arithmetic of a PointNet step. The process keeps its peak memory. Does nothing where there is no glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):
+        return
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    for parameter, value in ((m_mmap_threshold, 2**31 - 4096), (m_trim_threshold, 2**31 - 1), (m_top_pad, 64 << 20)):
+        mallopt(parameter, value)
+
+
+def _import_short_names() -> None:
+    """jsonargparse knows a class by its short name once it has been imported."""
+    for face in (zoo, datamodules, callbacks):
+        for name in face.__all__:
+            getattr(face, name)
+
+
+def train(arguments: list[str]) -> int:
+    """Run `fit`, `validate` or `test`.
+
+    Args:
+        arguments: the command and its options, recipes already resolved to files.
+
+    Returns:
+        The exit status.
+    """
+    keep_freed_memory()
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data in memory needs none
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    _import_short_names()
+    set_parsing_settings(add_print_completion_argument=True)
+    try:
+        LitzooCLI(arguments)
+    except CommandError as error:
+        if str(error).startswith("Problems parsing config"):  # jsonargparse does not say of which file
+            files = [argument.partition("=")[2] or following for argument, following in pairwise([*arguments, ""]) if is_config(argument)]
+            raise CommandError(f"{', '.join(files)}: {error}") from error
+        raise
+    return 0

@@ -1,0 +1,285 @@
+"""PointNet: classification of point clouds.
+
+Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classification and Segmentation", CVPR 2017.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from .batch import input_and_label
+from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
+from .functional.points import Normalization, normalize_points
+from .layers.classification_metrics import classification_metrics
+from .optimization import WarmupCosineLR, configure_optimizer
+
+
+def shared_mlp(*widths: int) -> nn.Sequential:
+    """Linear, BatchNorm, ReLU for each step of `widths`, the same for every point: `(B, C, N)` -> `(B, C', N)`."""
+    layers: list[nn.Module] = []
+    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Conv1d(narrow, wide, 1, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Linear, BatchNorm, ReLU for each step of `widths`: `(B, C)` -> `(B, C')`."""
+    layers: list[nn.Module] = []
+    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+        layers += [nn.Linear(narrow, wide, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
+    return nn.Sequential(*layers)
+
+
+class TNet(nn.Module):
+    """Predicts a transform of the input from the input (section 4.2, "joint alignment network").
+
+    Its last layer starts at zero, so that the transform starts at the identity.
+
+    Args:
+        size: K, channels of the points.
+
+    Example:
+        >>> TNet(3)(torch.rand(2, 3, 64)).shape
+        torch.Size([2, 3, 3])
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.points = shared_mlp(size, 64, 128, 1024)
+        self.head = nn.Sequential(mlp(1024, 512, 256), nn.Linear(256, size * size))
+        last = self.head[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, K, N)` -> `(B, K, K)`."""
+        offset = self.head(self.points(x).amax(dim=2)).view(-1, self.size, self.size)
+        return offset + torch.eye(self.size, dtype=offset.dtype, device=offset.device)
+
+
+class PointNet(nn.Module):
+    """The network up to its global feature: u(S) = max over points of h(x), with both transforms (figure 2).
+
+    Args:
+        input_transform: align the points by a 3 x 3 T-Net.
+        feature_transform: align the 64 features of each point by a 64 x 64 T-Net.
+
+    Example:
+        >>> feature, transform = PointNet().eval()(torch.rand(2, 128, 3))
+        >>> feature.shape, transform.shape
+        (torch.Size([2, 1024]), torch.Size([2, 64, 64]))
+    """
+
+    num_features = 1024
+
+    def __init__(self, input_transform: bool = True, feature_transform: bool = True) -> None:
+        super().__init__()
+        self.input_transform = TNet(3) if input_transform else None
+        self.local = shared_mlp(3, 64, 64)
+        self.feature_transform = TNet(64) if feature_transform else None
+        self.wide = shared_mlp(64, 64, 128, self.num_features)
+
+    def forward(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`(B, N, 3)` -> global feature `(B, 1024)` and feature transform `(B, 64, 64)` or None."""
+        if self.input_transform is not None:
+            points = points @ self.input_transform(points.mT)
+        x = self.local(points.mT)
+        transform = None
+        if self.feature_transform is not None:
+            transform = self.feature_transform(x)
+            x = transform.mT @ x
+        return self.wide(x).amax(dim=2), transform
+
+
+class PointNetClassifier(LightningModule):
+    """PointNet classifier: class logits of a point cloud of any number of points.
+
+    Loss: focal cross entropy with class weights w and label smoothing, plus the regulariser of the feature transform A
+    (equation 2): L = mean_i (1 - p_i)^gamma CE_i / mean_i w_{y_i} + orthogonality_weight * mean_b ||I - A A^T||_F^2.
+
+    Batches are `Batch` or `(points, label)`, points `(B, N, 3)` float. Logs loss and accuracy of training, and of
+    validation and test also mean class accuracy, MCC and calibration error, each over the whole epoch.
+
+    Args:
+        num_classes: C.
+        class_names: name of each class; kept with the weights.
+        class_counts: training samples of each class; needed for `class_weights="balanced"`.
+        input_transform: align the points by a T-Net.
+        feature_transform: align the features by a T-Net.
+        dropout: dropout before the last layer; the paper keeps 0.7, that is 0.3.
+        label_smoothing: in [0, 1].
+        focal_gamma: focusing exponent of the focal loss; 0 is plain cross entropy.
+        class_weights: "balanced" weighs classes inversely to their frequency.
+        orthogonality_weight: weight of the regulariser; the paper's 0.001.
+        normalization: how clouds are normalised before they get here; `predict` applies it to raw clouds.
+        optimizer: parameters -> optimizer.
+        lr_scheduler: optimizer -> scheduler, or None.
+
+    Raises:
+        ValueError: if a setting is out of range, or `class_counts` is missing or of another length.
+
+    Example:
+        >>> model = PointNetClassifier(num_classes=16)
+        >>> model.eval()(torch.rand(2, 1024, 3)).shape
+        torch.Size([2, 16])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        class_counts: list[int] | None = None,
+        input_transform: bool = True,
+        feature_transform: bool = True,
+        dropout: float = 0.3,
+        label_smoothing: float = 0.0,
+        focal_gamma: float = 0.0,
+        class_weights: Literal["none", "balanced"] = "none",
+        orthogonality_weight: float = 1e-3,
+        normalization: Normalization = "unit_sphere",
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
+    ) -> None:
+        super().__init__()
+        _check_settings(num_classes, class_names, class_counts, dropout, label_smoothing, focal_gamma, class_weights)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.class_names = class_names or [str(cls) for cls in range(num_classes)]
+        self.label_smoothing = label_smoothing
+        self.focal_gamma = focal_gamma
+        self.orthogonality_weight = orthogonality_weight
+        self.normalization: Normalization = normalization
+
+        self.backbone = PointNet(input_transform, feature_transform)
+        self.head = nn.Sequential(mlp(self.backbone.num_features, 512, 256), nn.Dropout(dropout), nn.Linear(256, num_classes))
+        weight = class_balanced_weights(class_counts) if class_weights == "balanced" and class_counts is not None else None
+        # Not persistent: it belongs to the training data, weights files do not need it.
+        self.register_buffer("class_weight", weight, persistent=False)
+
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_metrics = classification_metrics(num_classes, "val/")
+        self.test_metrics = classification_metrics(num_classes, "test/")
+
+    def forward(self, points: Tensor) -> Tensor:
+        """Points `(B, N, 3)` -> logits `(B, C)`."""
+        return self.head(self._features(points)[0])
+
+    def encode(self, points: Tensor) -> Tensor:
+        """Points `(B, N, 3)` -> global feature `(B, 1024)`, before the classification head."""
+        return self._features(points)[0]
+
+    @torch.no_grad()
+    def predict(self, clouds: Tensor | Sequence[Tensor]) -> Tensor:
+        """Class probabilities of raw clouds: normalises them as in training and runs in evaluation mode.
+
+        Args:
+            clouds: `(B, N, 3)`, one cloud `(N, 3)`, or a sequence of clouds of different sizes.
+
+        Returns:
+            `(B, C)` float32 probabilities, on the model's device.
+
+        Example:
+            >>> litzoo.load("pointnet_furniture").predict(torch.rand(2048, 3)).argmax()
+        """
+        groups = [clouds if clouds.dim() == 3 else clouds.unsqueeze(0)] if isinstance(clouds, Tensor) else [c.unsqueeze(0) for c in clouds]
+        was_training = self.training
+        self.eval()
+        try:
+            logits = [self(normalize_points(group.to(self.device, torch.float32), self.normalization)) for group in groups]
+        finally:
+            self.train(was_training)
+        return torch.cat(logits).float().softmax(dim=1)
+
+    def _features(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+        if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
+            raise ValueError(f"PointNet takes clouds of shape (batch, points, 3), got {tuple(points.shape)}")
+        if self.training and points.shape[0] == 1:
+            raise ValueError(
+                "PointNet cannot train on a batch of one cloud, because BatchNorm has no variance to estimate: "
+                "use a batch size of at least 2 and drop an incomplete last batch, or call .eval() for predictions"
+            )
+        return self.backbone(points)
+
+    def _loss(self, logits: Tensor, label: Tensor, transform: Tensor | None) -> Tensor:
+        loss = focal_cross_entropy(logits, label, self.focal_gamma, self.class_weight, self.label_smoothing)
+        if transform is not None and self.orthogonality_weight:
+            loss = loss + self.orthogonality_weight * orthogonality_penalty(transform)
+        return loss
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        points, label = input_and_label(batch)
+        feature, transform = self._features(points)
+        logits = self.head(feature)
+        loss = self._loss(logits, label, transform)
+        self.train_accuracy.update(logits.detach(), label)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
+        return loss
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
+        points, label = input_and_label(batch)
+        logits = self(points)
+        metrics = self.val_metrics if stage == "val" else self.test_metrics
+        metrics.update(logits, label)
+        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
+        return {"logits": logits, "label": label}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.val_metrics.compute()
+        self.log("val/accuracy", values.pop("val/accuracy"), prog_bar=True)
+        self.log_dict(values)
+        self.val_metrics.reset()
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Probabilities `(B, C)`; the clouds of a DataModule are normalised already."""
+        points = batch if isinstance(batch, Tensor) else input_and_label(batch)[0]
+        return self(points).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def _check_settings(
+    num_classes: int,
+    class_names: list[str] | None,
+    class_counts: list[int] | None,
+    dropout: float,
+    label_smoothing: float,
+    focal_gamma: float,
+    class_weights: str,
+) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    for name, values in (("class_names", class_names), ("class_counts", class_counts)):
+        if values is not None and len(values) != num_classes:
+            raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
+    if class_weights not in ("none", "balanced"):
+        raise ValueError(f"class_weights must be 'none' or 'balanced', got {class_weights!r}")
+    if class_weights == "balanced" and class_counts is None:
+        raise ValueError("class_weights='balanced' needs class_counts: the training samples of each class")
+    for name, value, low, high in (
+        ("dropout", dropout, 0, 1),
+        ("label_smoothing", label_smoothing, 0, 1),
+        ("focal_gamma", focal_gamma, 0, 100),
+    ):
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")

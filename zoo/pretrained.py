@@ -1,0 +1,458 @@
+"""Trained weights: one safetensors file a model, which says what it holds and proves that it is whole. Nothing here unpickles."""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shlex
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningModule
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from .. import __version__, zoo
+
+WEIGHTS = Path(__file__).parent / "weights"
+_FORMAT = "1"
+_HUB = "hf-hub:"
+_HUB_SOURCE = re.compile(r"hf-hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+_ZIP = b"PK\x03\x04"  # what torch.save writes
+
+
+class WeightsError(ValueError):
+    """A weights file, a checkpoint or the name of one cannot be used; the message says why and what to do.
+
+    Example:
+        >>> litzoo.load("pointnet_furnitur")
+        Traceback (most recent call last):
+        litzoo.zoo.pretrained.WeightsError: no trained model 'pointnet_furnitur'; did you mean pointnet_furniture?
+    """
+
+
+class _Place(NamedTuple):
+    """A weights file on disk, what to call it in a message, and what helps when it is broken."""
+
+    path: Path
+    label: str
+    cure: str
+
+
+def list_models() -> list[str]:
+    """Names of the trained models that ship with litzoo, for `load`.
+
+    Returns:
+        The names in alphabetical order.
+
+    Raises:
+        WeightsError: if the index of the weights is broken.
+
+    Example:
+        >>> "pointnet_furniture" in list_models()
+        True
+    """
+    return sorted(_index())
+
+
+def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
+    """Load a trained model in evaluation mode.
+
+    Bundled weights are checked against the sha256 of the index, every file against the digest in its own header. That
+    finds damage; it does not prove who wrote the file. A file may name any model of litzoo and nothing else.
+
+    Args:
+        source: a name of `list_models()`, the path of a `.safetensors` file, or `hf-hub:owner/repo[@revision][:file]`
+            on the Hugging Face hub, where the file is `model.safetensors` unless given.
+        device: where to put the model.
+
+    Returns:
+        The model, its parameters in float32.
+
+    Raises:
+        WeightsError: if there is no such source, or it is damaged, foreign or of another version.
+        ValueError: if the device cannot be used.
+
+    Example:
+        >>> model = litzoo.load("pointnet_furniture")
+    """
+    return _to_device(_load_file(_locate(source)), device)
+
+
+def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
+    """Load a model that has `encode(input) -> (B, D)`, from weights or from a checkpoint of `litzoo fit`.
+
+    Args:
+        source: what `load` takes, or the path of a Lightning `.ckpt`.
+        device: where to put the model.
+
+    Returns:
+        The whole model in evaluation mode.
+
+    Raises:
+        WeightsError: if the source cannot be loaded, or the model has no `encode`.
+        ValueError: if the device cannot be used.
+
+    Example:
+        >>> features = load_encoder("pointnet_furniture").encode(torch.rand(2, 1024, 3))  # (2, 1024)
+    """
+    model = load_checkpoint(source) if Path(source).suffix == ".ckpt" and not _is_hub(source) else load(source)
+    if not callable(getattr(model, "encode", None)):
+        raise WeightsError(f"{os.fspath(source)} holds a {type(model).__name__}, which has no encode() and cannot serve as an encoder")
+    return _to_device(model, device)
+
+
+def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
+    """Load the model of a Lightning checkpoint without running code that the file may hold.
+
+    Args:
+        path: a `.ckpt` that `litzoo fit` wrote, with one of litzoo's models.
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        WeightsError: if the file is missing, damaged or holds something else.
+        ValueError: if the device cannot be used.
+
+    Example:
+        >>> model = load_checkpoint("runs/pointnet/last.ckpt")
+    """
+    return _to_device(read_checkpoint(path)[0], device)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LightningModule, dict[str, Any]]:
+    """Read a Lightning checkpoint like `load_checkpoint`, together with the card for `save`.
+
+    Args:
+        path: a `.ckpt` that `litzoo fit` wrote, with one of litzoo's models.
+
+    Returns:
+        The model in evaluation mode, and the card: `source` (file name), `litzoo` (version), `epoch`, `global_step`.
+
+    Raises:
+        WeightsError: if the file is missing, damaged or holds something else.
+
+    Example:
+        >>> model, card = read_checkpoint("last.ckpt")
+        >>> litzoo.save(model, "last.safetensors", card)
+    """
+    place = _Place(Path(path).expanduser(), os.fspath(path), "take another checkpoint of that run, or copy it again")
+    if _first_bytes(place)[: len(_ZIP)] != _ZIP:
+        raise WeightsError(f"{place.label} is not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
+    try:
+        checkpoint = torch.load(place.path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged archive raises about anything
+        blocked = re.search(r"GLOBAL (\S+)", str(error))
+        if blocked is None:
+            raise WeightsError(f"{place.label} is not a whole checkpoint ({_one_line(error, 120)}): {place.cure}") from error
+        raise WeightsError(
+            f"{place.label} holds a Python object ({blocked[1]}) and opening it could run code, so it is not opened; "
+            "hyper-parameters and states in a checkpoint must be plain values: leave the others out with save_hyperparameters(ignore=[...])"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise WeightsError(f"{place.label} is a torch file but not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
+    hparams = checkpoint.get("hyper_parameters") or {}
+    class_path = hparams.get("_class_path")
+    if class_path is None:
+        raise WeightsError(
+            f"{place.label} does not say which model it holds, as only checkpoints of `litzoo fit` do; in Python, "
+            "load it with load_from_checkpoint of its class and write it with litzoo.save"
+        )
+    module, _, name = str(class_path).rpartition(".")
+    if name not in zoo.MODELS or module not in (zoo.__name__, f"{zoo.__name__}.{zoo.MODELS[name]}"):
+        raise WeightsError(
+            f"{place.label} holds a {class_path}, which is not one of litzoo's models ({_models()}); "
+            "in Python, load it with load_from_checkpoint of that class"
+        )
+    problem = f"{place.label} does not fit {_version_of(name)}"
+    model = _build(name, _without_private(hparams), checkpoint["state_dict"], problem, "use the version of litzoo that trained it")
+    card = {
+        "source": place.path.name,
+        "litzoo": __version__,
+        "epoch": checkpoint.get("epoch"),
+        "global_step": checkpoint.get("global_step"),
+    }
+    return model, card
+
+
+def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str, Any], half: bool = True) -> None:
+    """Write a model as one safetensors file, which `load` reads anywhere, offline.
+
+    The file holds every tensor of the state and, as text, the model's name, its hyper-parameters, the card, and a digest of
+    all that. It appears whole or not at all; a file of that name is replaced. Before it is written, the model is rebuilt
+    from what it will hold, so a file that could not be loaded is never made.
+
+    Args:
+        model: one of litzoo's models; its hyper-parameters must be JSON values.
+        path: where to write, ending in `.safetensors`.
+        card: what to know about the weights, JSON values: data, recipe, metrics, licence.
+        half: store floating-point tensors in float16, at half the size; they are loaded as float32 again.
+
+    Raises:
+        WeightsError: if the model is not one of litzoo's, its hyper-parameters or the card are not JSON, the model differs
+            from what its hyper-parameters describe, a value does not fit float16, or the path cannot be used.
+
+    Example:
+        >>> litzoo.save(model, "pointnet.safetensors", {"summary": "PointNet on furniture", "test/accuracy": 0.87})
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors":
+        raise WeightsError(f"{path} must end in .safetensors, so that litzoo.load knows what it is")
+    if not path.parent.is_dir():
+        raise WeightsError(f"there is no folder {path.parent} to write {path.name} to; make it first")
+    name = type(model).__name__
+    if name not in zoo.MODELS or type(model) is not getattr(zoo, name):
+        raise WeightsError(f"{type(model).__module__}.{name} is not one of litzoo's models ({_models()}): its weights could not be loaded")
+    hparams = _without_private(model.hparams)
+    _check_json(hparams, f"the hyper-parameters of {name}")
+    _check_json(dict(card), "the card")
+    tensors = {key: _to_store(key, value, half) for key, value in model.state_dict().items()}
+    header = {
+        "litzoo": _FORMAT,
+        "model": name,
+        "hparams": json.dumps(hparams, sort_keys=True),
+        "card": json.dumps(dict(card), sort_keys=True),
+    }
+    header["digest"] = _digest(header, tensors)
+    _build(
+        name,
+        json.loads(header["hparams"]),
+        tensors,
+        f"{path.name} could not be loaded again, because this {name} is not what its hyper-parameters describe",
+        "save every argument of its constructor as a hyper-parameter, and do not change its layers afterwards",
+    )
+
+    # Made by open(), not by tempfile: that one's files are readable by their owner only.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(to_safetensors(tensors, metadata=header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _index() -> dict[str, Any]:
+    path = WEIGHTS / "index.json"
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise WeightsError(f"the index of the trained models, {path}, is not JSON ({_one_line(error, 120)}): reinstall litzoo") from error
+    if not isinstance(index, dict):
+        raise WeightsError(f"the index of the trained models, {path}, is not a table of names: reinstall litzoo")
+    return index
+
+
+def _is_hub(source: str | os.PathLike[str]) -> bool:
+    return isinstance(source, str) and source.startswith(_HUB)
+
+
+def _locate(source: str | os.PathLike[str]) -> _Place:
+    if isinstance(source, str) and source.startswith(_HUB):
+        return _download(source)
+    path = Path(source).expanduser()
+    file = _Place(path, os.fspath(source), "copy it again, or export its checkpoint again")
+    if not isinstance(source, str) or path.name != source or path.suffix in (".safetensors", ".ckpt"):
+        return file
+    index = _index()
+    if source in index:
+        return _bundled(source, index[source])
+    if path.is_file():
+        return file
+    close = difflib.get_close_matches(source, index, n=1, cutoff=0.5)
+    known = f"there are: {', '.join(sorted(index))}" if index else "this installation holds none: give the path of a .safetensors file"
+    raise WeightsError(f"no trained model {source!r}; " + (f"did you mean {close[0]}?" if close else known))
+
+
+def _bundled(name: str, entry: Any) -> _Place:
+    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or not isinstance(entry.get("sha256"), str):
+        raise WeightsError(f"the entry of {name!r} in {WEIGHTS / 'index.json'} lacks its file or its sha256: reinstall litzoo")
+    place = _Place(WEIGHTS / entry["file"], f"the trained model {name!r} ({WEIGHTS / entry['file']})", "reinstall litzoo")
+    if not place.path.is_file():
+        raise WeightsError(f"{place.label} is missing: {place.cure}")
+    _first_bytes(place)
+    with place.path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != entry["sha256"]:
+        raise WeightsError(
+            f"{place.label} is damaged or replaced (its sha256 is {found[:12]}..., expected {entry['sha256'][:12]}...): {place.cure}"
+        )
+    return place
+
+
+def _download(source: str) -> _Place:
+    match = _HUB_SOURCE.fullmatch(source)
+    if match is None:
+        raise WeightsError(
+            f"{source} is not an address on the hub: write hf-hub:owner/repo, hf-hub:owner/repo@revision or hf-hub:owner/repo:file"
+        )
+    repo, revision, file = match["repo"], match["revision"], match["file"] or "model.safetensors"
+    if not file.endswith(".safetensors"):
+        raise WeightsError(f"{source} names a file that is not a .safetensors file; only those are loaded from the hub")
+
+    from huggingface_hub import errors, hf_hub_download
+
+    try:
+        path = hf_hub_download(repo, file, revision=revision, library_name="litzoo", library_version=__version__)
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise WeightsError(
+            f"{source} is not in the local cache and the hub cannot be reached: "
+            "check the connection (and that HF_HUB_OFFLINE is not set), or download the file and give its path"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise WeightsError(
+            f"{source}: the hub has no repository {repo}, or it is private: check the spelling, or log in with `hf auth login`"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise WeightsError(
+            f"{source}: the repository {repo} has no revision {revision!r}; name a branch, a tag or a commit of it"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise WeightsError(f"{source}: the repository {repo} has no file {file}; name the right one as hf-hub:{repo}:FILE") from error
+    except Exception as error:  # errors of its HTTP client get through, too
+        raise WeightsError(f"{source} cannot be fetched from the hub: {_one_line(error, 200)}") from error
+    return _Place(Path(path), source, f"delete {path} to have it downloaded again")
+
+
+def _first_bytes(place: _Place) -> bytes:
+    """The start of a file that is there and is not obviously something else."""
+    if place.path.is_dir():
+        raise WeightsError(f"{place.label} is a folder; give the file in it")
+    if not place.path.is_file():
+        raise WeightsError(f"{place.label} does not exist: check the path")
+    with place.path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if not start:
+        raise WeightsError(f"{place.label} is empty: {place.cure}")
+    if start == _LFS_POINTER:
+        raise WeightsError(f"{place.label} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository")
+    return start
+
+
+def _load_file(place: _Place) -> LightningModule:
+    if place.path.suffix == ".ckpt" or _first_bytes(place)[: len(_ZIP)] == _ZIP:
+        raise WeightsError(
+            f"{place.label} is a checkpoint, and only .safetensors files are loaded as weights: convert it with "
+            f"`litzoo export {shlex.quote(str(place.path))}`"
+        )
+    try:
+        with safe_open(place.path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a dict
+    except SafetensorError as error:
+        reason = _one_line(error, 120).removeprefix("Error while deserializing header: ")
+        raise WeightsError(f"{place.label} is not a whole safetensors file ({reason}): {place.cure}") from error
+    if "litzoo" not in header:
+        raise WeightsError(
+            f"{place.label} is not one of litzoo's weights files (no litzoo in its header): litzoo.save and `litzoo export` write them"
+        )
+    if header["litzoo"] != _FORMAT:
+        raise WeightsError(f"{place.label} has format {header['litzoo']!r}, but litzoo {__version__} reads format {_FORMAT}: update litzoo")
+    if header.get("digest") != _digest(header, tensors):
+        raise WeightsError(f"{place.label} is damaged (its contents do not match the digest in its header): {place.cure}")
+    try:
+        name, hparams = header["model"], json.loads(header["hparams"])
+    except (KeyError, ValueError) as error:
+        raise WeightsError(f"{place.label} has a header without a model or its hyper-parameters: {place.cure}") from error
+    if name not in zoo.MODELS:
+        raise WeightsError(
+            f"{place.label} holds a {name!r}, which is not a model of litzoo {__version__} ({_models()}): update litzoo, if it is a newer one"
+        )
+    return _build(name, hparams, tensors, f"{place.label} does not fit {_version_of(name)}", "use the version of litzoo that wrote it")
+
+
+def _build(name: str, hparams: dict[str, Any], state: Mapping[str, Tensor], problem: str, cure: str) -> LightningModule:
+    """A model of the allow-list, with these weights, in evaluation mode; `problem` and `cure` say what to say if they don't fit."""
+    model_class = getattr(zoo, name)
+    try:
+        with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody's seed should notice
+            model: LightningModule = model_class(**hparams)
+        model.load_state_dict(state)
+    except Exception as error:  # whatever a constructor says about hyper-parameters it does not know
+        raise WeightsError(f"{problem} ({_one_line(error, 300)}): {cure}") from error
+    return model.eval()
+
+
+def _to_device(model: LightningModule, device: str | torch.device) -> LightningModule:
+    try:
+        return model.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        raise ValueError(f"the model cannot be put on device {str(device)!r}: {_one_line(error, 200)}") from error
+
+
+def _to_store(key: str, value: Any, half: bool) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise WeightsError(f"the state of the model holds {key!r}, which is a {type(value).__name__}; only tensors can be saved")
+    tensor = value.detach().cpu().contiguous()
+    if half and tensor.is_floating_point():
+        stored = tensor.half()
+        if bool((tensor.isfinite() & ~stored.isfinite()).any()):
+            largest = tensor.abs()[tensor.isfinite()].max().item()
+            raise WeightsError(
+                f"{key} holds {largest:.4g}, beyond the 65504 of float16: save it in full precision, with half=False or --full-precision"
+            )
+        tensor = stored
+    return tensor.clone()  # tied weights share memory, which the format does not allow
+
+
+def _digest(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over the header but for the digest, then over name, dtype, shape and bytes of each tensor by name."""
+    keys = sorted(tensors)
+    texts = {key: text for key, text in header.items() if key != "digest"}
+    described = [(key, str(tensors[key].dtype), list(tensors[key].shape)) for key in keys]
+    digest = hashlib.sha256(json.dumps([texts, described], sort_keys=True).encode())
+    for key in keys:
+        digest.update(tensors[key].contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON cannot hold, or would return as something else."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not isinstance(key, str):
+                raise WeightsError(f"{where} must have text as keys to be saved as JSON, but one is {key!r}")
+            _check_json(inner, f"{where}: {key!r}")
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            _check_json(inner, where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise WeightsError(f"{where} is or holds {value}, which JSON cannot store")
+    elif value is not None and not isinstance(value, (bool, int, float, str)):
+        raise WeightsError(
+            f"{where} is or holds a {type(value).__name__}, which JSON cannot store; use plain values, or leave it out with "
+            "save_hyperparameters(ignore=[...])"
+        )
+
+
+def _without_private(hparams: Mapping[str, Any]) -> dict[str, Any]:
+    """Without `_class_path` and `_instantiator`, which LightningCLI adds."""
+    return {key: value for key, value in hparams.items() if not str(key).startswith("_")}
+
+
+def _version_of(name: str) -> str:
+    return f"the {name} of litzoo {__version__}"
+
+
+def _models() -> str:
+    return ", ".join(sorted(zoo.MODELS))
+
+
+def _one_line(error: BaseException, width: int) -> str:
+    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")
