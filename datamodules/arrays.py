@@ -1,5 +1,6 @@
 """The contract of every DataModule: whole batches by index, randomness by key, exact resume."""
 
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -77,9 +78,9 @@ class BatchSampler(DistributedSampler):
         _, world = self._world()
         if self.training:
             return max(1, len(self.indices) // (self.batch_size * world))
-        return -(-len(self.indices) // (self.batch_size * world))
+        return math.ceil(len(self.indices) / (self.batch_size * world))
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # type: ignore[override]  # whole batches, not single indices
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # whole batches, not single indices
         rank, world = self._world()
         if len(self.indices) < world:
             raise DataError(f"{len(self.indices)} samples cannot be dealt out to {world} processes: use fewer processes")
@@ -136,12 +137,13 @@ class BatchLoader(DataLoader):
 
     def __init__(self, dataset: ArrayDataset, sampler: BatchSampler, num_workers: int = 0, **kwargs: Any) -> None:
         super().__init__(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0, **kwargs)
+        self._batches = sampler
         self._position = 0
         self._resume: dict[str, int] | None = None
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # a generator, so that batches can be counted
         state, self._resume = self._resume, None
-        start = state["position"] if state is not None and state["epoch"] == self.sampler.epoch else 0
+        start = state["position"] if state is not None and state["epoch"] == self._batches.epoch else 0
         self._position = 0
         for batch in super().__iter__():
             self._position += 1
@@ -150,7 +152,7 @@ class BatchLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches given out in it, and what must not change for the rest of the epoch to be the same."""
-        sampler = self.sampler
+        sampler = self._batches
         return {"epoch": sampler.epoch, "position": self._position, "batch_size": sampler.batch_size, "samples": len(sampler.indices)}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
@@ -159,7 +161,7 @@ class BatchLoader(DataLoader):
         Raises:
             DataError: if the batch size or the number of samples is another one.
         """
-        for name, now in (("batch_size", self.sampler.batch_size), ("samples", len(self.sampler.indices))):
+        for name, now in (("batch_size", self._batches.batch_size), ("samples", len(self._batches.indices))):
             if state[name] != now and state["position"] < len(self):
                 raise DataError(
                     f"the checkpoint was written in the middle of an epoch with {name} {state[name]}, now it is {now}: "
@@ -227,7 +229,7 @@ class ArrayDataModule(LightningDataModule):
     @property
     def seed(self) -> int:
         """Seed of order and augmentation."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self._seed is None else self._seed
 
     @property
     def num_classes(self) -> int:

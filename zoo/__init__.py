@@ -21,7 +21,7 @@ _EXPORTS = {
     "load_encoder": "pretrained",
     "save": "pretrained",
 }
-__all__ = sorted(_EXPORTS)
+__all__ = [*_EXPORTS]
 
 if TYPE_CHECKING:
     from .batch import Batch as Batch

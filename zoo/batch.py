@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     input: Tensor
     label: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     part: Tensor | None = None
     key: Tensor | None = None
 

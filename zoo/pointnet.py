@@ -4,6 +4,7 @@ Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classificatio
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from .optimization import WarmupCosineLR, configure_optimizer
 def shared_mlp(*widths: int) -> nn.Sequential:
     """Linear, BatchNorm, ReLU for each step of `widths`, the same for every point: `(B, C, N)` -> `(B, C', N)`."""
     layers: list[nn.Module] = []
-    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+    for narrow, wide in pairwise(widths):
         layers += [nn.Conv1d(narrow, wide, 1, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
@@ -31,7 +32,7 @@ def shared_mlp(*widths: int) -> nn.Sequential:
 def mlp(*widths: int) -> nn.Sequential:
     """Linear, BatchNorm, ReLU for each step of `widths`: `(B, C)` -> `(B, C')`."""
     layers: list[nn.Module] = []
-    for narrow, wide in zip(widths[:-1], widths[1:], strict=True):
+    for narrow, wide in pairwise(widths):
         layers += [nn.Linear(narrow, wide, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
@@ -163,6 +164,7 @@ class PointNetClassifier(LightningModule):
         self.head = nn.Sequential(mlp(self.backbone.num_features, 512, 256), nn.Dropout(dropout), nn.Linear(256, num_classes))
         weight = class_balanced_weights(class_counts) if class_weights == "balanced" and class_counts is not None else None
         # Not persistent: it belongs to the training data, weights files do not need it.
+        self.class_weight: Tensor | None
         self.register_buffer("class_weight", weight, persistent=False)
 
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
