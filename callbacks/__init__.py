@@ -12,7 +12,7 @@ CALLBACKS = {
     "PerClassTable": "per_class_table",
     "StepSeed": "step_seed",
 }
-__all__ = [*CALLBACKS]
+__all__ = list(CALLBACKS)
 
 if TYPE_CHECKING:
     from .confusion_matrix_plot import ConfusionMatrixPlot as ConfusionMatrixPlot

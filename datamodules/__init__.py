@@ -18,7 +18,7 @@ _EXPORTS = {
     "DataError": "arrays",
     "PointAugmentation": "augment.points",
 }
-__all__ = [*_EXPORTS]
+__all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
     from .arrays import ArrayDataModule as ArrayDataModule

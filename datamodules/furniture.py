@@ -17,7 +17,8 @@ class FurnitureDataModule(HDF5PointsDataModule):
     stratified split of 194 training, 28 validation and 39 test objects.
 
     Args:
-        num_points: points of a training cloud, a new random subset each epoch; None takes all. Evaluation takes all.
+        num_points: points of a training cloud, a new random subset each epoch; None takes all.
+        eval_points: points of an evaluation cloud, a random subset that stays the same; None takes all.
         normalization: "unit_sphere", "unit_box" or "none"; applied before any augmentation.
         augmentation: what to do to training clouds.
         val_fraction: share of validation clouds, where `split_seed` draws a new split.
@@ -36,6 +37,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
     def __init__(
         self,
         num_points: int | None = 1024,
+        eval_points: int | None = None,
         normalization: Normalization = "unit_sphere",
         augmentation: PointAugmentation = PointAugmentation(),  # noqa: B008  # frozen
         val_fraction: float = 0.1,
@@ -49,6 +51,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
         super().__init__(
             FURNITURE,
             num_points,
+            eval_points,
             normalization,
             augmentation,
             val_fraction,

@@ -10,9 +10,10 @@ from ..zoo.batch import Batch
 from ..zoo.functional.points import Normalization, normalize_points
 from ..zoo.functional.random import fold_in
 from .arrays import TEST, VAL, ArrayDataModule, Arrays, DataError
-from .augment.points import PointAugmentation
+from .augment.points import PointAugmentation, subsample
 
-_SPLIT = 3
+# Numbers that keep the streams of one seed apart.
+_SPLIT, _EVALUATION = 3, 4
 
 
 def stratified_split(label: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> Tensor:
@@ -62,7 +63,8 @@ class HDF5PointsDataModule(ArrayDataModule):
 
     Args:
         path: the file; `~` and environment variables are resolved.
-        num_points: points of a training cloud, a new random subset each epoch; None takes all. Evaluation takes all.
+        num_points: points of a training cloud, a new random subset each epoch; None takes all.
+        eval_points: points of an evaluation cloud, a random subset that stays the same; None takes all.
         normalization: "unit_sphere", "unit_box" or "none"; applied before any augmentation.
         augmentation: what to do to training clouds.
         val_fraction: share of validation clouds where the file has no `split`.
@@ -86,6 +88,7 @@ class HDF5PointsDataModule(ArrayDataModule):
         self,
         path: str | os.PathLike[str],
         num_points: int | None = 1024,
+        eval_points: int | None = None,
         normalization: Normalization = "unit_sphere",
         augmentation: PointAugmentation = PointAugmentation(),  # noqa: B008  # frozen
         val_fraction: float = 0.1,
@@ -97,10 +100,12 @@ class HDF5PointsDataModule(ArrayDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        if num_points is not None and num_points < 1:
-            raise ValueError(f"num_points must be at least 1, or null for all points; got {num_points}")
+        for name, number in (("num_points", num_points), ("eval_points", eval_points)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, or null for all points; got {number}")
         self.path = Path(os.path.expandvars(path)).expanduser()
         self.num_points = num_points
+        self.eval_points = eval_points
         self.normalization = normalization
         self.augmentation = augmentation
         self.val_fraction = val_fraction
@@ -151,7 +156,10 @@ class HDF5PointsDataModule(ArrayDataModule):
             raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {int(split.max())}")
 
     def prepare(self, batch: Batch) -> Batch:
-        return batch._replace(input=normalize_points(batch.input.float(), self.normalization))
+        points, part = normalize_points(batch.input.float(), self.normalization), batch.part
+        if batch.key is None and self.eval_points is not None:
+            points, part = subsample(points, fold_in(_EVALUATION, batch.index), self.eval_points, part)
+        return batch._replace(input=points, part=part)
 
     def augment(self, batch: Batch) -> Batch:
         assert batch.key is not None

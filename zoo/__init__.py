@@ -21,7 +21,7 @@ _EXPORTS = {
     "load_encoder": "pretrained",
     "save": "pretrained",
 }
-__all__ = [*_EXPORTS]
+__all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
     from .batch import Batch as Batch

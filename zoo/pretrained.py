@@ -110,12 +110,13 @@ def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "c
     return _to_device(model, device)
 
 
-def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
+def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu", model: str | None = None) -> LightningModule:
     """Load the model of a Lightning checkpoint without running code that the file may hold.
 
     Args:
-        path: a `.ckpt` that `litzoo fit` wrote, with one of litzoo's models.
+        path: a `.ckpt` of one of litzoo's models.
         device: where to put the model.
+        model: the model's name, for the checkpoint of a plain Trainer, which does not say it; else None.
 
     Returns:
         The model in evaluation mode.
@@ -127,17 +128,18 @@ def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "
     Example:
         >>> model = load_checkpoint("runs/pointnet/last.ckpt")
     """
-    return _to_device(read_checkpoint(path)[0], device)
+    return _to_device(read_checkpoint(path, model)[0], device)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LightningModule, dict[str, Any]]:
+def read_checkpoint(path: str | os.PathLike[str], model: str | None = None) -> tuple[LightningModule, dict[str, Any]]:
     """Read a Lightning checkpoint like `load_checkpoint`, together with the card for `save`.
 
     Args:
-        path: a `.ckpt` that `litzoo fit` wrote, with one of litzoo's models.
+        path: a `.ckpt` of one of litzoo's models.
+        model: the model's name, for the checkpoint of a plain Trainer, which does not say it; else None.
 
     Returns:
-        The model in evaluation mode, and the card: `source` (file name), `litzoo` (version), `epoch`, `global_step`.
+        The model in evaluation mode, and the card: `summary`, `source` (file name), `litzoo` (version), `epoch`, `global_step`.
 
     Raises:
         WeightsError: if the file is missing, damaged or holds something else.
@@ -165,10 +167,12 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LightningModule, dict
         raise WeightsError(f"{place.label} is a torch file but not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
     hparams = checkpoint.get("hyper_parameters") or {}
     class_path = hparams.get("_class_path")
+    if class_path is None and model is not None:
+        class_path = f"{zoo.__name__}.{model}"
     if class_path is None:
         raise WeightsError(
             f"{place.label} does not say which model it holds, as only checkpoints of `litzoo fit` do; in Python, "
-            "load it with load_from_checkpoint of its class and write it with litzoo.save"
+            "name it with load_checkpoint(path, model=...) and write it with litzoo.save"
         )
     module, _, name = str(class_path).rpartition(".")
     if name not in zoo.MODELS or module not in (zoo.__name__, f"{zoo.__name__}.{zoo.MODELS[name]}"):
@@ -176,15 +180,53 @@ def read_checkpoint(path: str | os.PathLike[str]) -> tuple[LightningModule, dict
             f"{place.label} holds a {class_path}, which is not one of litzoo's models ({_models()}); "
             "in Python, load it with load_from_checkpoint of that class"
         )
+    if model is not None and model != name:
+        raise WeightsError(f"{place.label} holds a {name}, not a {model}; leave the model out, the checkpoint says it")
     problem = f"{place.label} does not fit {_version_of(name)}"
-    model = _build(name, _without_private(hparams), checkpoint["state_dict"], problem, "use the version of litzoo that trained it")
+    built = _build(name, _without_private(hparams), checkpoint["state_dict"], problem, "use the version of litzoo that trained it")
     card = {
+        "summary": f"{name} of {place.path.name}",
         "source": place.path.name,
         "litzoo": __version__,
         "epoch": checkpoint.get("epoch"),
         "global_step": checkpoint.get("global_step"),
     }
-    return model, card
+    return built, card
+
+
+def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read what a weights file says of itself, without its tensors and without checking them.
+
+    Args:
+        source: what `load` takes.
+
+    Returns:
+        `model` (name), `hparams`, `card` and `digest`.
+
+    Raises:
+        WeightsError: if there is no such source, or its header is damaged or foreign.
+
+    Example:
+        >>> read_header("pointnet_furniture")["card"]["metrics"]
+    """
+    place = _locate(source)
+    _first_bytes(place)
+    try:
+        with safe_open(place.path, framework="pt") as file:
+            header = file.metadata() or {}
+    except SafetensorError as error:
+        raise WeightsError(f"{place.label} is not a whole safetensors file ({_one_line(error, 120)}): {place.cure}") from error
+    try:
+        return {
+            "model": header["model"],
+            "hparams": json.loads(header["hparams"]),
+            "card": json.loads(header["card"]),
+            "digest": header["digest"],
+        }
+    except (KeyError, ValueError) as error:
+        raise WeightsError(
+            f"{place.label} is not one of litzoo's weights files, or its header is damaged: litzoo.save and `litzoo export` write them"
+        ) from error
 
 
 def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str, Any], half: bool = True) -> None:

@@ -725,10 +725,11 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert export([str(path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Tiny, ")
-    assert printed.endswith(f"{output}\n")
+    assert printed.endswith(f"{output}; load it with litzoo.load({str(output)!r})\n")
     assert printed.count("\n") == 1
     card = json.loads(parts(output)[0]["card"])
-    assert card == read_checkpoint(path)[1] == {"source": path.name, "litzoo": pretrained.__version__, "epoch": 3, "global_step": 40}
+    about = {"summary": f"Tiny of {path.name}", "source": path.name, "litzoo": pretrained.__version__, "epoch": 3, "global_step": 40}
+    assert card == read_checkpoint(path)[1] == about
     assert torch.equal(load(output).net[0].weight, model.net[0].weight.half().float())
 
     before = output.read_bytes()
@@ -738,6 +739,29 @@ def test_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
     export([str(path), "--full-precision", "--output", str(tmp_path / "full.safetensors")])
     assert torch.equal(load(tmp_path / "full.safetensors").net[0].weight, model.net[0].weight)
+
+
+def test_header_is_read_without_the_tensors(file: Path, model: Tiny) -> None:
+    header = pretrained.read_header(file)
+    assert header["model"] == "Tiny"
+    assert header["hparams"] == {"width": 5, "names": ["stuhl", "tür"], "act": None}
+    assert header["card"] == {"summary": "a tiny model"}
+    foreign = file.with_name("foreign.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(1)}, foreign)
+    with pytest.raises(WeightsError, match="not one of litzoo's"):
+        pretrained.read_header(foreign)
+
+
+def test_checkpoint_of_a_plain_trainer_takes_the_name_of_its_model(tmp_path: Path, model: Tiny) -> None:
+    path = tmp_path / "plain.ckpt"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": dict(model.hparams), "epoch": 0, "global_step": 1}, path)
+    with pytest.raises(WeightsError, match=r"does not say which model.*model="):
+        load_checkpoint(path)
+    loaded = load_checkpoint(path, model="Tiny")
+    assert not loaded.training
+    assert torch.equal(loaded.net[0].weight, model.net[0].weight)
+    with pytest.raises(WeightsError, match="not one of litzoo's models"):
+        load_checkpoint(path, model="os.system")
 
 
 def test_export_mistakes(tmp_path: Path) -> None:

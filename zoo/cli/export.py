@@ -21,5 +21,5 @@ def export(argv: list[str]) -> int:
 
     model, card = read_checkpoint(checkpoint)
     save(model, output, card, half=not arguments.full_precision)
-    print(f"{type(model).__name__}, {output.stat().st_size / 1e6:.2f} MB: {output}")
+    print(f"{type(model).__name__}, {output.stat().st_size / 1e6:.2f} MB: {output}; load it with litzoo.load({str(output)!r})")
     return 0

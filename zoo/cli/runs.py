@@ -49,15 +49,15 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     Raises:
         CommandError: if there is none.
     """
-    last = max(folder.glob("version_*/checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    last = max(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if last is None:
         raise CommandError(f"there is no checkpoint under {folder}: train first, or give a file with --ckpt_path")
     if which == "last":
         return last
     import torch
 
-    callbacks = torch.load(last, weights_only=True, map_location="cpu")["callbacks"]
-    names = [Path(state["best_model_path"]).name for state in callbacks.values() if state.get("best_model_path")]
+    states = torch.load(last, weights_only=True, map_location="cpu")["callbacks"].values()
+    names = [Path(state["best_model_path"]).name for state in states if state.get("monitor") and state.get("best_model_path")]
     # By its name: the run's folder may have been moved since.
     if names and (last.parent / names[0]).is_file():
         return last.parent / names[0]

@@ -1,6 +1,7 @@
 """`litzoo fit`, `validate` and `test`: LightningCLI with recipes, checked links and run folders."""
 
 import ctypes
+import inspect
 import logging
 import os
 import sys
@@ -56,11 +57,12 @@ class LitzooCLI(LightningCLI):
         for name in LINKS:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="Folder of the runs; default: the recipe's name, or the model's.")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults(
-            {"checkpoint.monitor": "val/loss", "checkpoint.save_last": True, "checkpoint.auto_insert_metric_name": False},
-        )
-        parser.set_defaults({"checkpoint.filename": "epoch_{epoch:03d}"})
+        # Two, because save_last of the one that keeps the best is written only when a new best is.
+        best = {"monitor": "val/loss", "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
+        last = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
+        for group, defaults in (("checkpoint", best), ("last", last)):
+            parser.add_lightning_class_args(ModelCheckpoint, group)
+            parser.set_defaults({f"{group}.{name}": value for name, value in defaults.items()})
 
     def _parse_ckpt_path(self) -> None:
         """LightningCLI lets a checkpoint's hyper-parameters override the command line; here the command line holds."""
@@ -97,6 +99,8 @@ class LitzooCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Only now, with model and data made, is it clear that there will be a run.
         self._refuse_disagreement()
+        for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
+            self.model.hparams.pop(name, None)  # LightningCLI adds every link, the model could not be loaded with it
         trainer, run = self._get(self.config_init, "trainer"), None
         if self.save_config_callback is not None:
             run = self._make_run()
@@ -107,9 +111,10 @@ class LitzooCLI(LightningCLI):
                 ]
         self.trainer_defaults["callbacks"] = [callbacks.StepSeed()]
         if self.subcommand == "fit":
-            checkpoint = self._get(self.config_init, "checkpoint")
-            if run is not None and checkpoint.dirpath is None:
-                checkpoint.dirpath = str(run / "checkpoints")
+            for group in ("checkpoint", "last"):
+                checkpoint = self._get(self.config_init, group)
+                if run is not None and checkpoint.dirpath is None:
+                    checkpoint.dirpath = str((run / "checkpoints").absolute())
             if run is not None:
                 self.trainer_defaults["callbacks"].append(LearningRateMonitor())
         self.run_folder = run
@@ -134,15 +139,22 @@ class LitzooCLI(LightningCLI):
             return shared_folder("LITZOO_RUN", lambda: reserve_run(self._runs))
         return shared_folder("LITZOO_RUN", lambda: reserve_run(old or self._runs, str(self.subcommand)))
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:  # how Lightning ends on Ctrl-C
+            if self.run_folder is not None and subcommand == "fit":
+                print("litzoo: stopped; the same command with --ckpt_path last goes on from the last whole epoch", file=sys.stderr)
+            raise
+
     def before_fit(self) -> None:
         if self.run_folder is not None and self.trainer.is_global_zero:
             print(f"litzoo: this run writes to {self.run_folder}")
 
     def after_fit(self) -> None:
-        if self.trainer.is_global_zero and isinstance(self.trainer.checkpoint_callback, ModelCheckpoint):
-            best = self.trainer.checkpoint_callback.best_model_path
-            if best:
-                print(f"litzoo: best checkpoint by {self.trainer.checkpoint_callback.monitor}: {best}")
+        best = self._get(self.config_init, "checkpoint")
+        if self.trainer.is_global_zero and best.best_model_path:
+            print(f"litzoo: best checkpoint by {best.monitor}: {best.best_model_path}")
 
 
 def keep_freed_memory() -> None:

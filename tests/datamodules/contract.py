@@ -1,0 +1,155 @@
+"""What every DataModule is tested for lives in test_contract.py; a DataModule joins by adding a row to `CASES`.
+
+Run as a script by two processes (see the fixture `two_processes`), it writes down what each of them sees.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from litzoo.callbacks import StepSeed
+from litzoo.datamodules import ArrayDataModule, FurnitureDataModule, HDF5PointsDataModule, PointAugmentation
+from litzoo.zoo import Batch
+
+
+def write_points(
+    path: Path,
+    clouds: int = 60,
+    points: int = 64,
+    classes: int = 4,
+    parts: bool = False,
+    split: bool = True,
+    names: bool = True,
+    seed: int = 0,
+) -> Path:
+    """Fabricate a file of clouds: class c is stretched along its own direction, a point's part is the sign of its z."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(clouds) % classes
+    cloud = rng.normal(size=(clouds, points, 3)) * (1 + np.eye(8, 3)[label % 8])[:, None]
+    with h5py.File(path, "w") as file:
+        file["points"] = cloud.astype(np.float32)
+        file["label"] = label.astype(np.int32)
+        if split:
+            file["split"] = rng.permutation(np.r_[np.full(clouds * 3 // 4, 0), np.full(clouds // 10, 1), np.full(clouds, 2)][:clouds])
+        if names:
+            file["class_names"] = [f"class {cls}" for cls in range(classes)]
+        if parts:
+            file["part"] = (cloud[..., 2] > 0).astype(np.uint8)
+            file["part_names"] = ["below", "above"]
+    return path
+
+
+@dataclass(frozen=True)
+class Case:
+    """One DataModule.
+
+    Attributes:
+        make: `make(folder, **settings)` builds a small one; the settings are those of `ArrayDataModule`.
+        batch_size: gives at least four and at most ten training batches, the last one incomplete.
+        augments: whether `augment` changes training batches.
+    """
+
+    make: Callable[..., ArrayDataModule]
+    batch_size: int
+    augments: bool = True
+
+
+def _clouds(folder: Path, **settings: Any) -> ArrayDataModule:
+    path = folder / "contract.h5"
+    if not path.exists():
+        write_points(path, parts=True)
+    everything = PointAugmentation(rotation="full", dropout=0.3, jitter=0.02)
+    return HDF5PointsDataModule(path, num_points=48, augmentation=everything, **settings)
+
+
+CASES = {
+    "hdf5_points": Case(_clouds, batch_size=8),
+    "furniture": Case(lambda folder, **settings: FurnitureDataModule(num_points=64, **settings), batch_size=32),
+}
+
+
+def same(a: Batch, b: Batch) -> bool:
+    """Whether two batches are bitwise equal."""
+    return all(x is y is None or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(a, b, strict=True))
+
+
+class Probe(LightningModule):
+    """A small classifier with dropout that writes down which samples it sees, and a checksum of each as it sees it."""
+
+    def __init__(self, num_classes: int, seed: int = 0) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, num_classes))
+        self.train_seen: list[list[tuple[int, float]]] = []
+        self.val_seen: list[list[int]] = []
+        self.val_keys: list[Any] = []
+        self.val_inputs: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(F.adaptive_avg_pool1d(x.flatten(1).float().unsqueeze(1), 16).squeeze(1))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        checksum = batch.input.flatten(1).double().square().sum(1).tolist()
+        self.train_seen.append(list(zip(batch.index.tolist(), checksum, strict=True)))
+        return F.cross_entropy(self(batch.input), batch.label)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.val_seen.append(batch.index.tolist())
+        self.val_keys.append(batch.key)
+        self.val_inputs.append(batch.input)
+        self.log("val/loss", F.cross_entropy(self(batch.input), batch.label), batch_size=len(batch.label))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+
+
+def trainer(folder: Path, **settings: Any) -> Trainer:
+    """A quiet CPU trainer with re-seeded steps."""
+    callbacks = [StepSeed(seed=3), *settings.pop("callbacks", [])]
+    defaults: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": any("Checkpoint" in type(callback).__name__ for callback in callbacks),
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "default_root_dir": folder,
+        "max_epochs": 2,
+    }
+    return Trainer(callbacks=callbacks, **{**defaults, **settings})
+
+
+def observe(case: Case, folder: Path, batch_size: int, **settings: Any) -> dict[str, Any]:
+    """Train two epochs and say what this process saw, and which samplers Lightning left in place."""
+    data = case.make(folder, batch_size=batch_size, eval_batch_size=5, seed=1)
+    model = Probe(data.num_classes)
+    fit = trainer(folder, **settings)
+    fit.fit(model, datamodule=data)
+    validation = fit.val_dataloaders
+    return {
+        "train": model.train_seen,
+        "val": model.val_seen[: len(model.val_seen) // 2],
+        "samplers": [type(fit.train_dataloader.sampler).__name__, type(validation.sampler).__name__],
+        "weights": {name: value.detach().clone() for name, value in model.state_dict().items()},
+    }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    seen = {}
+    for name, row in CASES.items():
+        # An odd number of samples per process somewhere: 5 to a batch over the validation split.
+        seen[name] = observe(row, target, row.batch_size, devices=2, strategy="ddp")
+    torch.save(seen, target / f"rank{torch.distributed.get_rank()}.pt")
+    torch.distributed.barrier()

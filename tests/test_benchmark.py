@@ -1,0 +1,191 @@
+"""scripts/benchmark.py compares like with like and computes what it says. No test looks at how long anything takes."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from litzoo.zoo import PointNetClassifier
+
+SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "benchmark.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _benchmark(script: ModuleType, **settings: Any) -> Any:
+    cases = {"ours": lambda folder: lambda: None, "theirs": lambda folder: lambda: None, "more": lambda folder: lambda: None}
+    return script.Benchmark(summary="nothing", cases=cases, items=10, unit="things", rounds=2, **settings)
+
+
+def test_ratio_is_the_median_of_the_ratios_of_the_rounds(script: ModuleType) -> None:
+    # The ratio of the medians would be 9 / 2 = 4.5.
+    assert script.ratios({"ours": [1.0, 2.0, 10.0], "theirs": [8.0, 9.0, 20.0], "more": [1.0, 2.0, 5.0]}) == {"theirs": 4.5, "more": 1.0}
+    assert script.ratios({"ours": [1.0, 2.0, 4.0], "theirs": [9.0, 4.0, 12.0]}) == {"theirs": 3.0}
+
+
+def test_rounds_are_interleaved_in_rotating_order(script: ModuleType) -> None:
+    seen: list[str] = []
+    ticks = iter(range(1000))
+    runs = {name: (lambda name=name: seen.append(name)) for name in "abc"}
+    seconds = script.interleave(runs, rounds=3, calls=1, clock=lambda: float(next(ticks)))
+    assert "".join(seen) == "cab" + "abc" + "bca" + "cab"  # the first three are the round that does not count
+    assert seconds == {name: [1.0, 1.0, 1.0] for name in "abc"}
+
+
+def test_a_measurement_of_several_calls_is_divided_by_their_number(script: ModuleType) -> None:
+    now = 0.0
+
+    def run() -> None:
+        nonlocal now
+        now += 2.0
+
+    assert script.interleave({"a": run}, rounds=2, calls=5, clock=lambda: now) == {"a": [2.0, 2.0]}
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_result_holds_every_case_under_every_allocator(script: ModuleType, apart: bool) -> None:
+    asked: list[tuple[tuple[str, ...], int, str]] = []
+
+    def worker(name: str, names: Sequence[str], rounds: int, threads: int, allocator: str) -> dict[str, Any]:
+        asked.append((tuple(names), rounds, allocator))
+        if rounds == 0:
+            return {"peak": 3 * 2**20}
+        return {"seconds": {case: [{"ours": 0.5, "theirs": 1.0, "more": 2.0}[case]] * rounds for case in names}}
+
+    result = json.loads(json.dumps(script.measure("x", _benchmark(script, apart=apart), 2, 1, worker)))
+    assert set(result) == {"benchmark", "summary", "unit", "items", "rounds", "threads", "clock", "machine", "settings"}
+    assert (result["benchmark"], result["clock"], result["rounds"], result["threads"]) == ("x", "process CPU seconds", 2, 1)
+    assert list(result["settings"]) == ["default", "keep"]
+    for found in result["settings"].values():
+        assert found["cases"]["ours"] == {"median": 0.5, "seconds": [0.5, 0.5], "peak_mib": 3.0}
+        assert found["ratios"] == {"theirs": 2.0, "more": 4.0}
+    timed = [names for names, rounds, allocator in asked if rounds and allocator == "keep"]
+    if apart:
+        assert timed == [("ours",), ("theirs",), ("more",), ("theirs",), ("more",), ("ours",)]
+    else:
+        assert timed == [("ours", "theirs", "more")]
+    lines = script.table(result).splitlines()
+    assert len(lines) == 3 + 2 * 3
+    assert lines[4].split() == ["default", "theirs", "1000.00", "10", "3", "2.00"]
+
+
+def test_the_script_measures_and_writes_json(
+    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(script.BENCHMARKS, "tiny", _benchmark(script))
+
+    def worker(name: str, names: Sequence[str], rounds: int, threads: int, allocator: str) -> dict[str, Any]:
+        result: dict[str, Any] = script.work(script.BENCHMARKS[name], names, rounds, torch.get_num_threads())
+        return result
+
+    monkeypatch.setattr(script, "start_worker", worker)
+    assert script.main(["tiny", "--rounds", "1", "--json", str(tmp_path / "out.json")]) == 0
+    assert capsys.readouterr().out.startswith("tiny: nothing\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))
+    assert [len(values["seconds"]) for values in result["settings"]["keep"]["cases"].values()] == [1, 1, 1]
+
+
+def test_a_worker_is_a_fresh_process_with_the_allocator_setting(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list[str], env: dict[str, str], **_: Any) -> Any:
+        seen.append((command, env))
+        return script.subprocess.CompletedProcess(command, 0, 'chatter\n{"peak": 1}\n', "")
+
+    monkeypatch.setattr(script.subprocess, "run", run)
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    assert script.start_worker("points", ["a"], 0, 2, "default") == {"peak": 1}
+    assert script.start_worker("points", ["a"], 0, 2, "keep") == {"peak": 1}
+    assert seen[0][0][1:4] == [str(SCRIPT), "points", "--worker"]
+    assert json.loads(seen[0][0][4]) == {"names": ["a"], "rounds": 0, "threads": 2}
+    assert not set(script.KEEP) & set(seen[0][1])
+    assert script.KEEP.items() <= seen[1][1].items()
+    assert seen[1][1]["OMP_NUM_THREADS"] == "2"
+
+
+def test_peak_memory_sees_what_a_case_holds(script: ModuleType, tmp_path: Path) -> None:
+    held: list[bytearray] = []
+
+    def make(folder: Path) -> Any:
+        held.append(bytearray(b"x") * (64 << 20))
+        return lambda: None
+
+    assert script.peak_memory(make, tmp_path) >= 48 << 20
+
+
+@pytest.mark.parametrize("arguments", [["pointnets"], ["points", "--rounds", "0"], ["points", "--json", "no/such/folder/x.json"]])
+def test_a_mistake_gives_one_line(script: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if arguments == ["pointnets"]:
+        assert all(name in said for name in script.BENCHMARKS)
+
+
+def test_both_augmentations_do_the_same_work(script: ModuleType, tmp_path: Path) -> None:
+    for make in (script.points_litzoo, script.points_numpy):
+        points = make(tmp_path, clouds=3, stored=40, kept=16)()
+        assert points.shape == (3, 16, 3)
+        assert points.dtype == torch.float32
+
+
+def test_both_loaders_read_every_cloud(script: ModuleType, tmp_path: Path) -> None:
+    for make in (script.loading_litzoo, script.loading_text):
+        epoch = make(tmp_path, clouds=4, points=8, batch_size=2)
+        assert epoch() == epoch() == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*self.log.*")
+def test_both_training_steps_run(script: ModuleType, tmp_path: Path) -> None:
+    for make in (script.pointnet_litzoo, script.pointnet_textbook):
+        make(tmp_path, clouds=2, points=8, classes=2)()
+
+
+def _by_use(textbook: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """Weights in the order in which the forward pass uses them, not that of their definition."""
+    order = ("transform.", "conv1", "conv2", "feature_transform.", "conv3", "conv4", "conv5", "fc1", "fc2", "fc3")
+    named = [(name, parameter) for name, parameter in textbook.named_parameters() if parameter.dim() > 1]
+    return [item for prefix in order for item in named if item[0].startswith(prefix)]
+
+
+def test_textbook_network_is_the_same_network(script: ModuleType) -> None:
+    torch.manual_seed(0)
+    ours, textbook = PointNetClassifier(5, dropout=0.0).double(), script.textbook_pointnet(5, dropout=0.0).double()
+    pairs = list(
+        zip(
+            [parameter for parameter in ours.parameters() if parameter.dim() > 1],
+            [parameter for _, parameter in _by_use(textbook)],
+            strict=True,
+        )
+    )
+    with torch.no_grad():
+        for own, other in pairs:
+            own.normal_(std=0.05)
+            other.copy_(own.view_as(other))
+        for model in (ours, textbook):
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):
+                    parameter.zero_()
+    points, label = torch.randn(4, 32, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 4])
+    with pytest.warns(UserWarning, match="self.log"):
+        own_loss = ours.training_step((points, label), 0)
+    other_loss = textbook.loss(points, label)
+    own_loss.backward()
+    other_loss.backward()
+    torch.testing.assert_close(own_loss, other_loss)
+    for own, other in pairs:
+        torch.testing.assert_close(own.grad, other.grad.view_as(own))
