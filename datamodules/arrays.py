@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from ..zoo.batch import Batch
 from ..zoo.functional.random import fold_in, random_order
@@ -46,12 +46,13 @@ class Arrays:
     part_names: tuple[str, ...] = ()
 
 
-class BatchSampler(DistributedSampler):
+class BatchSampler(DistributedSampler, SequentialSampler):
     """Yields `(epoch, indices)`, one batch at a time, for this process.
 
     The order of the samples is a function of (seed, epoch). In training, each process takes its part of every global
     batch. In evaluation, the samples are dealt out without duplicates and every process gets the same number of batches.
-    It subclasses `DistributedSampler` only so that Lightning leaves it in place.
+    It subclasses `DistributedSampler` and `SequentialSampler` only so that Lightning leaves it in place, in several
+    processes and with `overfit_batches`.
 
     Args:
         indices: `(M,)` int64, positions in the data set.
@@ -78,7 +79,8 @@ class BatchSampler(DistributedSampler):
         _, world = self._world()
         if self.training:
             return max(1, len(self.indices) // (self.batch_size * world))
-        return math.ceil(len(self.indices) / (self.batch_size * world))
+        # At most one batch per sample of the process with the fewest, so that none gets an empty batch.
+        return max(1, min(math.ceil(len(self.indices) / (self.batch_size * world)), len(self.indices) // world))
 
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # whole batches, not single indices
         rank, world = self._world()
@@ -136,7 +138,9 @@ class BatchLoader(DataLoader):
     """
 
     def __init__(self, dataset: ArrayDataset, sampler: BatchSampler, num_workers: int = 0, **kwargs: Any) -> None:
-        super().__init__(dataset, sampler=sampler, batch_size=None, num_workers=num_workers, persistent_workers=num_workers > 0, **kwargs)
+        # Lightning's `predict` makes the loader anew and passes these two as well.
+        kwargs.update(batch_size=None, persistent_workers=num_workers > 0)
+        super().__init__(dataset, sampler=sampler, num_workers=num_workers, **kwargs)
         self._batches = sampler
         self._position = 0
         self._resume: dict[str, int] | None = None
@@ -152,21 +156,27 @@ class BatchLoader(DataLoader):
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches given out in it, and what must not change for the rest of the epoch to be the same."""
-        sampler = self._batches
-        return {"epoch": sampler.epoch, "position": self._position, "batch_size": sampler.batch_size, "samples": len(sampler.indices)}
+        if self._resume is not None:  # saved again before the first batch
+            return self._resume
+        return {"epoch": self._batches.epoch, "position": self._position, "batches": len(self), **self._layout()}
+
+    def _layout(self) -> dict[str, int]:
+        _, world = self._batches._world()
+        return {"batch_size": self._batches.batch_size, "samples": len(self._batches.indices), "processes": world}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on after the batches that were already given out in that epoch.
 
         Raises:
-            DataError: if the batch size or the number of samples is another one.
+            DataError: if the batch size, the number of samples or of processes is another one.
         """
-        for name, now in (("batch_size", self._batches.batch_size), ("samples", len(self._batches.indices))):
-            if state[name] != now and state["position"] < len(self):
+        for name, now in self._layout().items():
+            if state[name] != now and 0 < state["position"] < state["batches"]:
                 raise DataError(
                     f"the checkpoint was written in the middle of an epoch with {name} {state[name]}, now it is {now}: "
-                    "resume with the same data and batch size, or start from a checkpoint of an epoch's end"
+                    "resume with the same data, batch size and number of processes, or start from a checkpoint of an epoch's end"
                 )
+        self._batches.set_epoch(state["epoch"])
         self._resume = state
 
 
@@ -270,11 +280,14 @@ class ArrayDataModule(LightningDataModule):
 
     def _loader(self, split: int, training: bool) -> BatchLoader:
         indices = self.indices(split)
+        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
         if len(indices) == 0:
             raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty")
         return BatchLoader(
             ArrayDataset(self.arrays, self.seed if training else None),
-            BatchSampler(indices, self.batch_size if training else self.eval_batch_size, self.seed, training, self.shuffle),
+            BatchSampler(
+                indices, self.batch_size if training else self.eval_batch_size, self.seed, training, self.shuffle and not overfitting
+            ),
             num_workers=self.num_workers if training else 0,
             pin_memory=torch.cuda.is_available(),
         )
