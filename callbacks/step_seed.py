@@ -13,7 +13,7 @@ class StepSeed(Callback):
     Dropout and other noise drawn during a step then no longer depend on what was drawn before it, so a run resumed from
     any checkpoint draws what the uninterrupted one drew. Processes draw different noise. It has no state.
 
-    Cost: one call of `torch.manual_seed` a batch. Composes with every callback; put it first.
+    Cost: microseconds a batch. CPU and CUDA generators are seeded. Composes with every callback; put it first.
 
     Args:
         seed: None takes that of `lightning.pytorch.seed_everything`, or 0.
@@ -27,4 +27,8 @@ class StepSeed(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
-        torch.manual_seed(hash((seed, trainer.current_epoch, batch_idx, trainer.global_rank)) & 0x7FFFFFFFFFFFFFFF)
+        step_seed = hash((seed, trainer.current_epoch, batch_idx, trainer.global_rank)) & 0x7FFFFFFFFFFFFFFF
+        # torch.manual_seed also records a stack trace for each kind of accelerator that is not in use: 50 ms a step.
+        torch.default_generator.manual_seed(step_seed)
+        if pl_module.device.type == "cuda":
+            torch.cuda.manual_seed(step_seed)

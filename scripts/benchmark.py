@@ -464,7 +464,6 @@ BENCHMARKS = {
         items=32,
         unit="clouds",
         rounds=5,
-        calls=3,
         allocators=("default",),
         apart=True,
     ),

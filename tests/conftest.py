@@ -1,9 +1,10 @@
-"""What every test gets: one thread, no network, no seed left over by another test."""
+"""What every test gets: one thread, no network, no window, no seed left over by another test."""
 
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["MPLBACKEND"] = "agg"
 
 import socket
 import subprocess

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from litzoo.callbacks import StepSeed
-from litzoo.datamodules import ArrayDataModule, FurnitureDataModule, HDF5PointsDataModule, PointAugmentation
+from litzoo.datamodules import ArrayDataModule, FurnitureDataModule, HDF5PointsDataModule, PatientsDataModule, PointAugmentation
 from litzoo.zoo import Batch
 
 
@@ -56,11 +56,13 @@ class Case:
         make: `make(folder, **settings)` builds a small one; the settings are those of `ArrayDataModule`.
         batch_size: gives at least four and at most ten training batches, the last one incomplete.
         augments: whether `augment` changes training batches.
+        shuffles: whether each epoch has another order; the seed matters only then.
     """
 
     make: Callable[..., ArrayDataModule]
     batch_size: int
     augments: bool = True
+    shuffles: bool = True
 
 
 def _clouds(folder: Path, **settings: Any) -> ArrayDataModule:
@@ -71,9 +73,15 @@ def _clouds(folder: Path, **settings: Any) -> ArrayDataModule:
     return HDF5PointsDataModule(path, num_points=48, augmentation=everything, **settings)
 
 
+def _patients(folder: Path, **settings: Any) -> ArrayDataModule:
+    settings.pop("seed", None)  # a stream in fixed order
+    return PatientsDataModule(**settings)
+
+
 CASES = {
     "hdf5_points": Case(_clouds, batch_size=8),
     "furniture": Case(lambda folder, **settings: FurnitureDataModule(num_points=64, **settings), batch_size=32),
+    "patients": Case(_patients, batch_size=3000, augments=False, shuffles=False),
 }
 
 

@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
         print(_help())
         return 0
     if arguments[0] in ("--version", "-V"):
-        from litzoo import __version__
+        from ... import __version__
 
         print(f"litzoo {__version__}")
         return 0

@@ -62,7 +62,7 @@ def parser_sentence(message: str) -> str:
     reasons = []
     for line in message.splitlines():
         reason = re.sub(r'Parser key "[^"]+":', "", line).strip()
-        reason = re.sub(r"^-\s*", "", reason)
+        reason = re.sub(r"^-(\s+|$)", "", reason)
         if reason and not _NOISE.search(reason):
             reasons.append(reason)
     text = re.sub(r"\s+", " ", " ".join(reasons)).strip()

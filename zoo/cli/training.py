@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -78,9 +79,22 @@ class LitzooCLI(LightningCLI):
             return Path(str(path)).stem
         return settings.model.class_path.rpartition(".")[2]
 
+    def _by_hand(self, name: str) -> bool:
+        """Whether an argument of the model was given on the command line, in the environment or in a configuration file."""
+        options = (f"--model.{name}", f"--model.init_args.{name}")
+        variable = f"LITZOO_{self.subcommand}__MODEL__INIT_ARGS__{name}".upper()
+        if variable in os.environ or any(argument.partition("=")[0] in options for argument in sys.argv):
+            return True
+        for path in self._settings().get("config") or []:
+            model = (yaml.safe_load(Path(str(path)).read_text(encoding="utf-8")) or {}).get("model")
+            if isinstance(model, dict) and name in (model.get("init_args") or {}):
+                return True
+        return False
+
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
-        self._given = {name: settings.model.init_args.get(name) for name in LINKS if settings.model.get("init_args")}
+        init_args = settings.model.get("init_args") or {}
+        self._given = {name: init_args.get(name) for name in LINKS if self._by_hand(name)}
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
         wanted = settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
         self._checkpoint: Path | None = None

@@ -2,9 +2,15 @@
 
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 Normalization = Literal["unit_sphere", "unit_box", "none"]
+
+
+def _floor(dtype: torch.dtype) -> float:
+    """What a size is at least, so that nothing is divided by zero; 1e-12 itself is zero in float16."""
+    return max(1e-12, torch.finfo(dtype).tiny)
 
 
 def unit_sphere(points: Tensor) -> Tensor:
@@ -22,9 +28,11 @@ def unit_sphere(points: Tensor) -> Tensor:
         >>> unit_sphere(torch.rand(2, 64, 3)).norm(dim=-1).amax(-1)
         tensor([1., 1.])
     """
-    centred = points - points.mean(dim=-2, keepdim=True)
+    # From the first point first: the mean of equal numbers need not be that number, and this is more exact far from the origin.
+    centred = points - points[..., :1, :]
+    centred = centred - centred.mean(dim=-2, keepdim=True)
     radius = centred.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-    return centred / radius.clamp_min(1e-12)
+    return centred / radius.clamp_min(_floor(points.dtype))
 
 
 def unit_box(points: Tensor) -> Tensor:
@@ -44,7 +52,7 @@ def unit_box(points: Tensor) -> Tensor:
     """
     low = points.amin(dim=-2, keepdim=True)
     extent = points.amax(dim=-2, keepdim=True) - low
-    return (points - low) / extent.clamp_min(1e-12)
+    return (points - low) / extent.clamp_min(_floor(points.dtype))
 
 
 def normalize_points(points: Tensor, normalization: Normalization) -> Tensor:
