@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -14,17 +13,18 @@ from .predictions import class_names_of, output_folder
 class DecisionBoundaryPlot(Callback):
     """Writes a picture of the evaluated points and the line between the predicted classes, for inputs of two features.
 
-    `decision_boundary_val.png` in the run's folder shows the end of the training, `decision_boundary_test.png` the test.
-    Under several processes, the points of the first one are drawn. It has no state.
+    `decision_boundary_val.png` in the run's folder shows the last validation points with the line at the end of the
+    training, or those of a `validate`; `decision_boundary_test.png` those of the test. Under several processes, the
+    points of the first one are drawn; with several evaluation loaders, those of the first one. It has no state.
 
     Cost: keeps the evaluated points of an epoch, and about 0.3 s for a picture. Composes with every callback.
 
     Args:
         axis_names: what the two features are.
-        class_names: names of the classes; by default the model's or the data's.
+        class_names: names of the classes; by default the model's `class_names`, else the data's, else numbers.
 
     Raises:
-        ValueError: if the inputs do not have two features.
+        ValueError: if the inputs do not have two features, or the module is no classifier.
 
     Example:
         >>> trainer = Trainer(callbacks=[DecisionBoundaryPlot(("age", "tumour size"))])
@@ -35,6 +35,9 @@ class DecisionBoundaryPlot(Callback):
         self.class_names = class_names
         self._batches: list[tuple[Tensor, Tensor]] = []
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._batches.clear()
+
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._batches.clear()
 
@@ -44,26 +47,37 @@ class DecisionBoundaryPlot(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._keep(batch)
+        self._keep(trainer, batch, dataloader_idx)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._keep(batch)
+        self._keep(trainer, batch, dataloader_idx)
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "validate":
+            self._draw(trainer, pl_module, "val")
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module, "test")
 
-    def _keep(self, batch: Any) -> None:
-        points, label = input_and_label(batch)
+    def _keep(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
+        if trainer.sanity_checking or dataloader_idx != 0:
+            return
+        try:
+            points, label = input_and_label(batch)
+        except TypeError as error:
+            raise ValueError(f"DecisionBoundaryPlot draws batches (x, y), these are {type(batch).__name__}") from error
         if points.dim() != 2 or points.shape[1] != 2:
             raise ValueError(f"DecisionBoundaryPlot draws inputs of two features, shape (batch, 2); these have {tuple(points.shape)}")
         self._batches.append((points.detach().cpu(), label.cpu()))
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Every process must call it."""
+        folder = output_folder(trainer)
         if not self._batches or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return
         from ..zoo.plots.decision_boundary import plot_decision_boundary
@@ -71,15 +85,20 @@ class DecisionBoundaryPlot(Callback):
 
         points, label = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
 
-        def predict(grid: np.ndarray) -> np.ndarray:
-            was_training = pl_module.training
+        def predict(grid: Tensor) -> Tensor:
+            modes = {module: module.training for module in pl_module.modules()}
             pl_module.eval()
-            with torch.no_grad():
-                probabilities = pl_module(torch.from_numpy(grid).to(pl_module.device)).float().softmax(dim=1).cpu().numpy()
-            pl_module.train(was_training)
-            return probabilities
+            try:
+                with torch.no_grad(), trainer.precision_plugin.forward_context():
+                    logits = pl_module(grid.to(pl_module.device, points.dtype))
+            finally:
+                # Module by module, because a frozen part may be in evaluation mode while the rest trains.
+                for module, training in modes.items():
+                    module.training = training
+            if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
+                raise ValueError(f"{type(pl_module).__name__} is no classifier: its forward must give logits (batch, classes)")
+            return logits.float().softmax(dim=1).cpu()
 
-        classes = predict(points[:1].numpy()).shape[1]
-        names = class_names_of(pl_module, trainer, self.class_names, classes)
-        figure = plot_decision_boundary(points.numpy(), label.numpy(), predict, names, self.axis_names)
-        save_figure(figure, output_folder(trainer) / f"decision_boundary_{stage}.png")
+        names = class_names_of(trainer, pl_module, self.class_names, predict(points[:1]).shape[1])
+        figure = plot_decision_boundary(points.float().numpy(), label.numpy(), predict, names, self.axis_names)
+        save_figure(figure, folder / f"decision_boundary_{stage}.png")

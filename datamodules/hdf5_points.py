@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..zoo.batch import Batch
 from ..zoo.functional.points import Normalization, normalize_points
 from ..zoo.functional.random import fold_in
-from .arrays import TEST, VAL, ArrayDataModule, Arrays, DataError
+from .arrays import TEST, TRAIN, VAL, ArrayDataModule, Arrays, DataError
 from .augment.points import PointAugmentation, subsample
 
 # Numbers that keep the streams of one seed apart.
@@ -122,11 +123,11 @@ class HDF5PointsDataModule(ArrayDataModule):
                 missing = [name for name in ("points", "label") if name not in file]
                 if missing:
                     raise DataError(f"{self.path} has no data set {' and '.join(missing)}; it holds: {', '.join(file) or 'nothing'}")
-                points, label = torch.from_numpy(file["points"][:]), torch.from_numpy(file["label"][:].astype("int64"))
-                split = torch.from_numpy(file["split"][:].astype("uint8")) if "split" in file else None
-                names = tuple(file["class_names"].asstr()[:]) if "class_names" in file else None
-                part = torch.from_numpy(file["part"][:]) if "part" in file else None
-                part_names = tuple(file["part_names"].asstr()[:]) if "part_names" in file else ()
+                points, label = self._numbers(file, "points"), self._whole(file, "label").long()
+                split = self._whole(file, "split") if "split" in file else None
+                names = self._texts(file, "class_names") if "class_names" in file else None
+                part = self._whole(file, "part") if "part" in file else None
+                part_names = self._texts(file, "part_names") if "part_names" in file else ()
         except OSError as error:
             raise DataError(
                 f"{self.path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew"
@@ -135,7 +136,26 @@ class HDF5PointsDataModule(ArrayDataModule):
         if split is None or self.split_seed is not None:
             split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed or 0)
         names = names if names is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
-        return Arrays(points, label, split, names, part, part_names)
+        return Arrays(points, label, split.to(torch.uint8), names, part, part_names)
+
+    def _numbers(self, file: Any, name: str) -> Tensor:
+        kind = getattr(file[name], "dtype", None)
+        if kind is None or kind.kind not in "biuf" or kind.itemsize > 8:
+            raise DataError(f"{self.path}: {name} must be an array of numbers, it is {'a group' if kind is None else f'of type {kind}'}")
+        return torch.from_numpy(file[name][...].astype(kind.newbyteorder("="), copy=False))
+
+    def _whole(self, file: Any, name: str) -> Tensor:
+        values = self._numbers(file, name)
+        if values.is_floating_point() and not torch.equal(values, values.long().to(values.dtype)):
+            raise DataError(f"{self.path}: {name} must hold whole numbers, it holds fractions or NaN")
+        return values
+
+    def _texts(self, file: Any, name: str) -> tuple[str, ...]:
+        import h5py
+
+        if not isinstance(file[name], h5py.Dataset) or h5py.check_string_dtype(file[name].dtype) is None or file[name].ndim != 1:
+            raise DataError(f"{self.path}: {name} must be a list of texts")
+        return tuple(file[name].asstr()[:])
 
     def _check(self, points: Tensor, label: Tensor, split: Tensor | None, names: tuple[str, ...] | None, part: Tensor | None) -> None:
         if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
@@ -152,8 +172,9 @@ class HDF5PointsDataModule(ArrayDataModule):
             raise DataError(f"{self.path}: {len(bad)} clouds hold NaN or infinite coordinates, the first at position {bad[0]}: remove them")
         if label.min() < 0 or (names is not None and label.max() >= len(names)):
             raise DataError(f"{self.path}: labels run from {label.min()} to {label.max()}, but there are {len(names or ())} class names")
-        if split is not None and split.max() > TEST:
-            raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {int(split.max())}")
+        foreign = [] if split is None else sorted(set(split.tolist()) - {TRAIN, VAL, TEST})
+        if foreign:
+            raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {foreign[0]}")
 
     def prepare(self, batch: Batch) -> Batch:
         points, part = normalize_points(batch.input.float(), self.normalization), batch.part

@@ -31,8 +31,8 @@ def clean_seed() -> Iterator[None]:
 
 @pytest.fixture
 def points_file(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a small HDF5 file of clouds: `points_file(parts=True)`; see `litzoo.tests.datamodules.contract.write_points`."""
-    from litzoo.tests.datamodules.contract import write_points
+    """Writes a small HDF5 file of clouds: `points_file(parts=True)`; see `contract.write_points`."""
+    from contract import write_points
 
     def write(name: str = "points.h5", **settings: object) -> Path:
         return write_points(tmp_path / name, **settings)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Logistic regression: the smallest model of the zoo, and the worked example of CONTRIBUTING.md."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,30 +16,38 @@ from .optimization import configure_optimizer
 class LogisticRegression(LightningModule):
     """Multinomial logistic regression: p(y | x) = softmax(W x + b), fitted by the cross entropy; W and b start at 0.
 
-    Batches are `Batch` or `(x, label)`, x `(B, D)` float. Logs loss and error of each minibatch, and accuracy, mean class
-    accuracy, MCC and calibration error of validation and test.
+    Batches are `Batch` or `(x, label)`, x `(B, D)` float. Logs loss and error of each minibatch, and loss, accuracy, mean
+    class accuracy, MCC and calibration error of validation and test.
 
     Args:
-        num_classes: C.
         num_features: D.
+        num_classes: C.
         class_names: name of each class; kept with the weights.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
+    Raises:
+        ValueError: if `class_names` has another length than `num_classes`.
+
     Example:
-        >>> LogisticRegression(num_classes=2)(torch.rand(5, 2)).shape
+        >>> LogisticRegression(num_features=2, num_classes=2)(torch.rand(5, 2)).shape
         torch.Size([5, 2])
+
+    Source:
+        Microsoft CNTK, tutorial 101, "Logistic Regression and ML Primer", whose training log the defaults reproduce.
     """
 
     def __init__(
         self,
-        num_classes: int = 2,
         num_features: int = 2,
+        num_classes: int = 2,
         class_names: list[str] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.5),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
+        if class_names is not None and len(class_names) != num_classes:
+            raise ValueError(f"class_names has {len(class_names)} entries, but num_classes is {num_classes}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -66,20 +74,27 @@ class LogisticRegression(LightningModule):
         self.log_dict({"train/loss": loss, "train/error": error}, prog_bar=True, batch_size=len(label))
         return loss
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
         x, label = input_and_label(batch)
         logits = self(x)
-        self.val_metrics.update(logits, label)
-        self.log_dict(self.val_metrics, batch_size=len(label))
-        self.log("val/loss", F.cross_entropy(logits, label), batch_size=len(label), sync_dist=True)
+        metrics = self.val_metrics if stage == "val" else self.test_metrics
+        metrics.update(logits, label)
+        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), batch_size=len(label), sync_dist=True)
         return {"logits": logits, "label": label}
 
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics.compute())
+        self.val_metrics.reset()
+
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        x, label = input_and_label(batch)
-        logits = self(x)
-        self.test_metrics.update(logits, label)
-        self.log_dict(self.test_metrics, batch_size=len(label))
-        return {"logits": logits, "label": label}
+        return self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)

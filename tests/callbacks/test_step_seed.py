@@ -34,8 +34,10 @@ class Draws(LightningModule):
 
 def draws(folder: Path, *callbacks: StepSeed, spend: int = 0, **settings: Any) -> list[float]:
     model = Draws(spend)
-    quiet = {name: False for name in ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")}
-    trainer = Trainer(accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **settings})
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(
+        accelerator="cpu", devices=1, default_root_dir=folder, callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **settings}
+    )
     trainer.fit(model, DataLoader(torch.zeros(4, 1)))
     return model.draws
 

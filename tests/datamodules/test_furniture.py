@@ -43,10 +43,12 @@ def test_fingerprint() -> None:
 def test_licences_travel_with_the_data() -> None:
     licence = FURNITURE.with_name("furniture_LICENSE.txt").read_text()
     assert "CC-BY" in licence or "Creative Commons" in licence
+    authors = FURNITURE.with_name("furniture_AUTHORS.txt").read_text()
     with h5py.File(FURNITURE) as file:
         creators = file["creator"].asstr()[:]
         assert len(creators) == 261
         assert all(creators)
+        assert [creator for creator in sorted(set(creators)) if creator not in authors] == []
         for collection in {path.split("/")[0] for path in file["path"].asstr()[:]}:
             assert f"Files: {collection}/*" in licence, f"the licence file does not cover {collection}"
     assert FURNITURE.stat().st_size < 4 * 2**20

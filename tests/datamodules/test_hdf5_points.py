@@ -208,6 +208,20 @@ def test_number_of_points(path: Path, num_points: int | None, points: int) -> No
     assert train.input.dtype == val.input.dtype == torch.float32
 
 
+def test_evaluation_takes_a_fixed_subset(path: Path) -> None:
+    data = HDF5PointsDataModule(path, eval_points=20, normalization="none", eval_batch_size=3)
+    first, again = ([data.transform(batch) for batch in data.eval_train_dataloader()] for _ in range(2))
+    for a, b in zip(first, again, strict=True):
+        assert a.input.shape[1:] == (20, 3)
+        assert torch.equal(a.input, b.input)
+        assert a.part is not None
+        assert torch.equal(a.part, (a.input[..., 2] > 0).long())
+    # which points are taken depends neither on the batch nor on the seed
+    other = HDF5PointsDataModule(path, eval_points=20, normalization="none", eval_batch_size=7, seed=9)
+    whole = torch.cat([other.transform(batch).input for batch in other.eval_train_dataloader()])
+    assert torch.equal(torch.cat([batch.input for batch in first]), whole)
+
+
 def test_augmented_clouds_were_normalised_before(path: Path) -> None:
     data = HDF5PointsDataModule(path, num_points=None, augmentation=PLAIN)
     batch = data.transform(next(iter(data.train_dataloader())))

@@ -44,7 +44,13 @@ def recipe(tmp_path: Path, clouds: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     path = tmp_path / "tiny.yaml"
     settings: dict[str, Any] = {
         "seed_everything": 3,
-        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0},
+        "trainer": {
+            "max_epochs": 2,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "num_sanity_val_steps": 0,
+        },
         "model": {"class_path": "PointNetClassifier", "init_args": {"input_transform": False, "feature_transform": False}},
         "data": {"class_path": "HDF5PointsDataModule", "init_args": {"path": str(clouds), "num_points": 32, "batch_size": 8}},
     }
@@ -217,7 +223,16 @@ def test_environment_variables(recipe: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_optimizer_and_scheduler_by_name(recipe: Path, tmp_path: Path) -> None:
-    options = ["--model.optimizer", "SGD", "--model.optimizer.lr", "0.25", "--model.lr_scheduler", "StepLR", "--model.lr_scheduler.step_size", "1"]
+    options = [
+        "--model.optimizer",
+        "SGD",
+        "--model.optimizer.lr",
+        "0.25",
+        "--model.lr_scheduler",
+        "StepLR",
+        "--model.lr_scheduler.step_size",
+        "1",
+    ]
     assert main(["fit", "--config", str(recipe), "--trainer.max_epochs", "1", *options]) == 0
     state = torch.load(tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["optimizer_states"][0]["param_groups"][0]["initial_lr"] == 0.25

@@ -35,7 +35,9 @@ def test_formula(warmup: float, final: float, total: int) -> None:
     optimizer = SGD(groups)
     scheduler = WarmupCosineLR(optimizer, warmup, final, total_steps=total)
     for t in range(total + 3):
-        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([base * formula(t, total, warmup, final) for base in (0.1, 2.0)])
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(
+            [base * formula(t, total, warmup, final) for base in (0.1, 2.0)]
+        )
         optimizer.step()
         scheduler.step()
 
@@ -117,7 +119,7 @@ def test_follows_max_steps(tmp_path: Path) -> None:
 
 
 def test_endless_training_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="max_epochs or trainer.max_steps"):
+    with pytest.raises(ValueError, match=r"max_epochs or trainer\.max_steps"):
         fit(Line(warmup_cosine), tmp_path, max_epochs=-1)
 
 

@@ -37,7 +37,9 @@ def shaken(seed: int = 0, **settings: Any) -> PointNetClassifier:
 # --- the naive implementation ----------------------------------------------------------------------------------------
 
 
-def naive_forward(state: dict[str, Tensor], cloud: Tensor, input_transform: bool, feature_transform: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def naive_forward(
+    state: dict[str, Tensor], cloud: Tensor, input_transform: bool, feature_transform: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """One cloud, one point at a time, by matrix products with the weights: logits, global feature, feature transform."""
     weights = {name: value.double() for name, value in state.items()}
 
@@ -167,7 +169,11 @@ def test_impossible_settings_are_refused(setting: dict[str, Any], message: str) 
 def test_loss_against_an_independent_computation(gamma: float, balanced: bool, smoothing: float) -> None:
     counts = [10, 3, 7, 20, 1]
     model = shaken(
-        class_counts=counts, class_weights="balanced" if balanced else "none", focal_gamma=gamma, label_smoothing=smoothing, orthogonality_weight=0.01
+        class_counts=counts,
+        class_weights="balanced" if balanced else "none",
+        focal_gamma=gamma,
+        label_smoothing=smoothing,
+        orthogonality_weight=0.01,
     ).double()
     points, label = torch.randn(4, 12, 3).double(), torch.tensor([0, 3, 4, 1])
     model.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
@@ -177,7 +183,9 @@ def test_loss_against_an_independent_computation(gamma: float, balanced: bool, s
     for cloud, target in zip(points, label.tolist(), strict=True):
         logits, _, transform = naive_forward(model.state_dict(), cloud, True, True)
         p = [math.exp(x) for x in (logits - logits.logsumexp(0)).tolist()]
-        ce = -(1 - smoothing) * weight[target] * math.log(p[target]) - smoothing / 5 * sum(w * math.log(q) for w, q in zip(weight, p, strict=True))
+        ce = -(1 - smoothing) * weight[target] * math.log(p[target]) - smoothing / 5 * sum(
+            w * math.log(q) for w, q in zip(weight, p, strict=True)
+        )
         total += (1 - p[target]) ** gamma * ce
         assert transform is not None
         regulariser += float(((torch.eye(64).double() - transform @ transform.T) ** 2).sum())
@@ -206,7 +214,7 @@ def test_predict_takes_raw_clouds() -> None:
 
 
 def trainer(folder: Path, **settings: Any) -> Trainer:
-    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")}
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
     return Trainer(**{"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder, **quiet, **settings})
 
 
@@ -224,7 +232,11 @@ def test_trains_on_pairs(precision: Any, tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in model.state_dict().values())
     assert all(value.dtype == torch.float32 for value in model.parameters())
     assert all(not torch.equal(value, before[name]) for name, value in model.named_parameters())
-    logged = {"train/loss", "train/accuracy", *(f"val/{name}" for name in ("loss", "accuracy", "mean_class_accuracy", "mcc", "calibration_error"))}
+    logged = {
+        "train/loss",
+        "train/accuracy",
+        *(f"val/{name}" for name in ("loss", "accuracy", "mean_class_accuracy", "mcc", "calibration_error")),
+    }
     assert logged <= set(run.callback_metrics)
     assert run.callback_metrics["train/loss"].dtype == torch.float32
     (scores,) = run.test(model, loader(), verbose=False)
@@ -322,6 +334,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_average_the_gradients_of_their_shards(tmp_path: Path, two_processes: Callable[..., None]) -> None:
     script = tmp_path / "script.py"
     script.write_text(DDP_SCRIPT)

@@ -124,13 +124,13 @@ class LitzooCLI(LightningCLI):
                     TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed_step),
                 ]
         self.trainer_defaults["callbacks"] = [callbacks.StepSeed()]
-        if self.subcommand == "fit":
-            for group in ("checkpoint", "last"):
-                checkpoint = self._get(self.config_init, group)
-                if run is not None and checkpoint.dirpath is None:
-                    checkpoint.dirpath = str((run / "checkpoints").absolute())
-            if run is not None:
-                self.trainer_defaults["callbacks"].append(LearningRateMonitor())
+        if run is not None and self.subcommand == "fit":
+            self.trainer_defaults["callbacks"].append(LearningRateMonitor())
+        # A test keeps to the folder of the checkpoint, or Lightning warns that the run has moved.
+        owner = run if self.subcommand == "fit" or self._checkpoint is None else run_of(self._checkpoint)
+        for checkpoint in (self._get(self.config_init, group) for group in ("checkpoint", "last")):
+            if owner is not None and checkpoint.dirpath is None:
+                checkpoint.dirpath = str((owner / "checkpoints").absolute())
         self.run_folder = run
         return super().instantiate_trainer(**kwargs)
 
@@ -205,6 +205,7 @@ def train(arguments: list[str]) -> int:
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data in memory needs none
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run goes on there, and RunLogger keeps its rows
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     _import_short_names()
     set_parsing_settings(add_print_completion_argument=True)

@@ -3,15 +3,21 @@
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.figure import Figure
 
-from .figures import INK, MUTED, new_figure
+from .figures import INK, LINES, MUTED, new_figure, shorten, text_width
 
-_COUNTS_UP_TO = 25
+_POINTS = 72  # to the inch
+_SMALLEST_FONT = 4.5
+_BLUES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#cfe0f1", "#6fa4d4", "#2f6fb2", "#123f73"])
 
 
 def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str = "") -> Figure:
-    """Draw a confusion matrix: colour is the share of the row, numbers are counts, `n` is the samples of a class.
+    """Draw a confusion matrix: colour is the share of the row, numbers are counts, and each row says how many samples it has.
+
+    The colours grow with the root of the share, because the mistakes are the small shares. Counts are left out where they
+    would not fit into the cells; few classes also get the share in percent.
 
     Args:
         matrix: `(C, C)` counts, rows are the true classes.
@@ -19,42 +25,74 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title:
         title: above the picture.
 
     Returns:
-        The figure; with more than 25 classes the counts are left out.
+        The figure: the matrix and its colour bar.
+
+    Raises:
+        ValueError: if the matrix is not square or the number of names differs.
 
     Example:
         >>> plot_confusion_matrix(np.eye(2, dtype=int), ["cat", "dog"])
     """
     counts = np.asarray(matrix)
+    if counts.ndim != 2 or counts.shape[0] != counts.shape[1] or len(class_names) != len(counts):
+        raise ValueError(f"a confusion matrix must be square with a name for each class, got {counts.shape} and {len(class_names)} names")
     classes = len(counts)
     samples = counts.sum(axis=1)
     share = counts / np.maximum(samples[:, None], 1)
-    size = float(np.clip(2.2 + 0.42 * classes, 4.2, 16))
-    figure = new_figure(size + 0.9, size)
-    axes = figure.add_subplot()
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    font = float(np.clip(260 / max(classes, 1) ** 0.5 / 8, 4.5, 10))
-    axes.set_xticks(
-        range(classes),
-        class_names,
-        rotation=90 if classes > 12 else 45,
-        ha="center" if classes > 12 else "right",
-        rotation_mode="default" if classes > 12 else "anchor",
-        fontsize=font,
-    )
-    axes.set_yticks(range(classes), [f"{name}  (n={count})" for name, count in zip(class_names, samples, strict=True)], fontsize=font)
-    if classes <= _COUNTS_UP_TO:
-        for (row, column), count in np.ndenumerate(counts):
-            if count:
-                axes.text(
-                    column, row, str(count), ha="center", va="center", fontsize=font, color="white" if share[row, column] > 0.55 else INK
-                )
+    names = [shorten(str(name)) for name in class_names]
+
+    # Everything is placed by hand, in inches: layout engines cut off labels beside axes of fixed aspect.
+    cell = float(np.clip(5.2 / classes, 0.2, 1.0))
+    side = cell * classes
+    font = float(np.clip(0.5 * cell * _POINTS, 6.0, 10.0))
+    label_width = text_width(names, font)
+    upright = cell > label_width + 0.1
+    support = [f"{number:,}" for number in samples]
+    support_width = max(text_width(support, font), text_width(["samples"], font))
+    left, right = label_width + 0.5, support_width + 0.95
+    bottom = 0.55 + (font / _POINTS * 1.3 if upright else label_width)
+    top = 0.85 if title else 0.5
+    title_overhang = max(0.0, text_width([title], 11) - (left + side + right) + 0.2)
+    width, height = left + side + right + title_overhang, bottom + side + top
+    figure = new_figure(width, height, layout=None)
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    image = axes.imshow(share, cmap=_BLUES, norm=PowerNorm(0.6, vmin=0, vmax=1), aspect="auto", interpolation="nearest")
+
+    axes.set_xticks(range(classes), names, rotation=0 if upright else 90, fontsize=font)
+    axes.set_yticks(range(classes), names, fontsize=font)
     axes.set_xticks(np.arange(classes + 1) - 0.5, minor=True)
     axes.set_yticks(np.arange(classes + 1) - 0.5, minor=True)
-    axes.grid(which="minor", color="#e4e7eb", linewidth=0.6)
-    axes.tick_params(which="both", length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("predicted class", color=MUTED)
-    axes.set_ylabel("true class", color=MUTED)
-    axes.set_title(title, color=INK, fontsize=11)
-    figure.colorbar(image, ax=axes, fraction=0.045, pad=0.03, label="share of the true class").outline.set_visible(False)
+    axes.grid(which="minor", color=LINES, linewidth=0.6)
+    axes.tick_params(which="both", length=0, pad=4, labelcolor=INK)
+    axes.spines[:].set_color(LINES)
+    axes.set_xlabel("predicted class", color=MUTED, fontsize=10, labelpad=6)
+    axes.set_ylabel("true class", color=MUTED, fontsize=10, labelpad=6)
+
+    digits = len(str(counts.max(initial=0)))
+    count_font = min(font * 1.15, 0.5 * cell * _POINTS, 1.35 * cell * _POINTS / digits)
+    if count_font >= _SMALLEST_FONT:
+        percent = "\n{:.0%}" if cell >= 0.6 else ""
+        for row, column in np.argwhere(counts):
+            text = str(counts[row, column]) + percent.format(share[row, column])
+            color = "white" if share[row, column] > 0.42 else INK
+            axes.text(column, row, text, ha="center", va="center", fontsize=count_font, color=color, linespacing=1.3)
+
+    beside = side + 0.1 + support_width
+    for row, text in enumerate(support):
+        axes.text(
+            beside / side, 1 - (row + 0.5) / classes, text, transform=axes.transAxes, ha="right", va="center", fontsize=font, color=MUTED
+        )
+    axes.text(beside / side, 1 + 0.08 / side, "samples", transform=axes.transAxes, ha="right", va="bottom", fontsize=font, color=MUTED)
+    if title:
+        figure.text(left / width, 1 - 0.22 / height, title, ha="left", va="top", fontsize=11, color=INK)
+
+    length = min(side, 2.6)
+    scale = figure.add_axes(
+        ((left + side + support_width + 0.32) / width, (bottom + side - length) / height, 0.11 / width, length / height)
+    )
+    bar = figure.colorbar(image, cax=scale, ticks=[0, 0.1, 0.25, 0.5, 1])
+    bar.ax.set_yticklabels(["0", "10%", "25%", "50%", "100%"], fontsize=7, color=MUTED)
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(length=0, pad=2)
+    bar.outline.set_visible(False)
     return figure

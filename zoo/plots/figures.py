@@ -1,22 +1,25 @@
-"""Saving figures."""
+"""What all figures share: colours, size, saving."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
-# Dark text on white, one accent: the pictures stand side by side in reports.
-INK, MUTED, ACCENT = "#1f2933", "#7b8794", "#2f6fb2"
-SERIES = ("#2f6fb2", "#e08e2b", "#4c9f70")
+# Dark text on white: the pictures stand side by side in reports.
+INK, MUTED, LINES = "#1f2933", "#616e7c", "#e4e7eb"
+SERIES = ("#2f6fb2", "#e08e2b", "#4c9f70", "#c2473d", "#7d5ba6", "#3aa6b9", "#a37c55", "#d670a7", "#8a9a2f", "#52606d")
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
     """A figure of that size in inches that draws itself without a window, outside of pyplot's global state.
 
     Args:
         width: inches.
         height: inches.
+        layout: matplotlib's layout engine, or None for axes that are placed by hand.
 
     Returns:
         The figure.
@@ -24,12 +27,48 @@ def new_figure(width: float, height: float) -> Figure:
     Example:
         >>> new_figure(4, 3).add_subplot()
     """
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 120) -> None:
+def text_width(texts: Sequence[str], size: float) -> float:
+    """The width of the widest text, in inches, in the default font.
+
+    Args:
+        texts: one line each.
+        size: of the font, in points.
+
+    Returns:
+        Inches; 0 without texts.
+
+    Example:
+        >>> text_width(["chair", "armchair"], 10) > text_width(["chair"], 10)
+        True
+    """
+    figure = Figure(dpi=100)
+    renderer, font = FigureCanvasAgg(figure).get_renderer(), FontProperties(size=size)
+    return max((renderer.get_text_width_height_descent(text, font, False)[0] / 100 for text in texts), default=0.0)
+
+
+def shorten(text: str, length: int = 28) -> str:
+    """The text, or its start and an ellipsis where it is longer.
+
+    Args:
+        text: one line.
+        length: characters, the ellipsis included.
+
+    Returns:
+        At most `length` characters.
+
+    Example:
+        >>> shorten("a very long name", 8)
+        'a very …'
+    """
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
     """Write a PNG under a temporary name and rename it, so that no half-written picture is ever seen.
 
     Args:

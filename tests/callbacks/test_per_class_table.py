@@ -1,0 +1,121 @@
+"""PerClassTable: the table equals scikit-learn's; also the script of its two processes."""
+
+import csv
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from litzoo.callbacks import PerClassTable
+from sklearn import metrics
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+NAMES = ["ant", "bee", "centipede", "never there"]
+
+
+class Plain(LightningModule):
+    """Somebody's classifier, whose steps return nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def test_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def dataset() -> TensorDataset:
+    generator = torch.Generator().manual_seed(0)
+    return TensorDataset(torch.randn(60, 4, generator=generator), torch.randint(3, (60,), generator=generator))
+
+
+def make_trainer(folder: Path, **settings: Any) -> Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    common: dict[str, Any] = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "default_root_dir": folder, **quiet}
+    return Trainer(callbacks=[PerClassTable(class_names=NAMES)], **{**common, **settings})
+
+
+def check(path: Path, model: Plain) -> None:
+    """The CSV is scikit-learn's table; the mean is over the classes that have samples."""
+    x, label = dataset().tensors
+    with torch.no_grad():
+        prediction = model(x).argmax(dim=1)
+    with path.open(encoding="utf-8") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["class", "precision", "recall", "f1", "samples"]
+    assert [row[0] for row in rows] == [*NAMES, "macro mean", "accuracy"]
+    theirs = metrics.precision_recall_fscore_support(label, prediction, labels=range(4), zero_division=0)
+    for name, column in zip(header[1:], range(1, 5), strict=True):
+        assert [float(row[column]) for row in rows[:4]] == pytest.approx(theirs[column - 1].tolist()), name
+    mean = metrics.precision_recall_fscore_support(label, prediction, labels=range(3), average="macro", zero_division=0)
+    assert [float(value) for value in rows[4][1:4]] == pytest.approx(mean[:3])
+    assert float(rows[5][3]) == pytest.approx(metrics.accuracy_score(label, prediction))
+    assert rows[4][4] == rows[5][4] == "60"
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_equals_scikit_learn(stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = Plain()
+    getattr(make_trainer(tmp_path), stage)(model, DataLoader(dataset(), batch_size=8), verbose=False)
+    check(tmp_path / f"per_class_{stage.replace('validate', 'val')}.csv", model)
+    table = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line.split("  ")[0] for line in table if not line.startswith("-")] == ["class      ", *NAMES, "macro mean", "accuracy"] or [
+        line[:11].strip() for line in table if not line.startswith("-")
+    ] == ["class", *NAMES, "macro mean", "accuracy"]
+    assert len(set(map(len, table))) == 1, "columns line up"
+
+
+def test_fit_prints_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loader = DataLoader(dataset(), batch_size=8)
+    make_trainer(tmp_path).fit(Plain(), loader, loader)
+    assert "precision" not in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.csv"))
+
+
+def test_one_object_for_two_models(tmp_path: Path) -> None:
+    trainer, loader = make_trainer(tmp_path, precision="bf16-mixed"), DataLoader(dataset(), batch_size=8)
+    trainer.test(Plain(), loader, verbose=False)
+    model = Plain()
+    trainer.test(model, loader, verbose=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(tmp_path / "per_class_test.csv", model)
+
+
+def run_rank(folder: Path) -> None:
+    """One of two processes, which do not see the same classes."""
+    torch.manual_seed(0)
+    model = Plain()
+    trainer = make_trainer(folder, strategy="ddp", devices=2, use_distributed_sampler=False)
+    x, label = dataset().tensors
+    order = label.argsort()
+    half = order[:25] if trainer.global_rank == 0 else order[25:]
+    trainer.test(model, DataLoader(TensorDataset(x[half], label[half]), batch_size=8), verbose=False)
+    torch.save(model.state_dict(), folder / f"rank{trainer.global_rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
+    two_processes(Path(__file__), tmp_path)
+    model = Plain()
+    model.load_state_dict(torch.load(tmp_path / "rank0.pt", weights_only=True))
+    check(tmp_path / "per_class_test.csv", model)
+
+
+if __name__ == "__main__":
+    run_rank(Path(sys.argv[1]))
