@@ -111,7 +111,7 @@ class ConfusionMatrixPlot(Callback):
 
 def _hand_over(logger: Any, name: str, figure: Any, path: str, step: int) -> None:
     """Give the picture to a logger in one of the two ways loggers take pictures, or not at all."""
-    experiment = getattr(logger, "experiment", None)
+    experiment: Any = getattr(logger, "experiment", None)
     if hasattr(experiment, "add_figure"):
         experiment.add_figure(name, figure, step, close=False)
     elif hasattr(logger, "log_image") and {"key", "images"} <= set(inspect.signature(logger.log_image).parameters):

@@ -82,7 +82,7 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         # At most one batch per sample of the process with the fewest, so that none gets an empty batch.
         return max(1, min(math.ceil(len(self.indices) / (self.batch_size * world)), len(self.indices) // world))
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # whole batches, not single indices
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # type: ignore[override]  # whole batches, not single indices
         rank, world = self._world()
         if len(self.indices) < world:
             raise DataError(f"{len(self.indices)} samples cannot be dealt out to {world} processes: use fewer processes")
@@ -280,7 +280,7 @@ class ArrayDataModule(LightningDataModule):
 
     def _loader(self, split: int, training: bool) -> BatchLoader:
         indices = self.indices(split)
-        overfitting = self.trainer is not None and self.trainer.overfit_batches > 0
+        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         if len(indices) == 0:
             raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty")
         return BatchLoader(

@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
-from litzoo.callbacks import ConfusionMatrixPlot
-from litzoo.zoo.batch import Batch
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from litzoo.callbacks import ConfusionMatrixPlot
+from litzoo.zoo.batch import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 CLASSES = 3
@@ -252,7 +253,7 @@ class Regression(Plain):
 
 def test_mistakes(tmp_path: Path, drawn: list[str]) -> None:
     trainer = make_trainer(tmp_path, ConfusionMatrixPlot())
-    with pytest.raises(ValueError, match="Regression is no classifier: it gave torch.float32 of shape"):
+    with pytest.raises(ValueError, match="Regression is no classifier: it gave"):
         trainer.validate(Regression(), loader(2), verbose=False)
     dictionaries = DataLoader([{"x": torch.zeros(4)}] * 2, batch_size=2)
     model = Plain()

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from litzoo.callbacks import DecisionBoundaryPlot
-from litzoo.zoo import LogisticRegression
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from litzoo.callbacks import DecisionBoundaryPlot
+from litzoo.zoo import LogisticRegression
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
-from litzoo.callbacks import PerClassTable
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+from litzoo.callbacks import PerClassTable
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ["ant", "bee", "centipede", "never there"]
@@ -75,9 +76,7 @@ def test_equals_scikit_learn(stage: str, tmp_path: Path, capsys: pytest.CaptureF
     getattr(make_trainer(tmp_path), stage)(model, DataLoader(dataset(), batch_size=8), verbose=False)
     check(tmp_path / f"per_class_{stage.replace('validate', 'val')}.csv", model)
     table = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert [line.split("  ")[0] for line in table if not line.startswith("-")] == ["class      ", *NAMES, "macro mean", "accuracy"] or [
-        line[:11].strip() for line in table if not line.startswith("-")
-    ] == ["class", *NAMES, "macro mean", "accuracy"]
+    assert [line[: len("never there")].strip() for line in table if not line.startswith("-")] == ["class", *NAMES, "macro mean", "accuracy"]
     assert len(set(map(len, table))) == 1, "columns line up"
 
 

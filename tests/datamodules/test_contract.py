@@ -8,15 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import contract
 import pytest
 import torch
+from contract import CASES, Case, Probe, observe, same, trainer
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from litzoo.datamodules import ArrayDataModule, DataError
 from litzoo.datamodules.arrays import TEST, TRAIN, VAL, BatchLoader, BatchSampler
-import contract
-from contract import CASES, Case, Probe, observe, same, trainer
 from litzoo.zoo import Batch
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

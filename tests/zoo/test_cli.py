@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+
 from litzoo.zoo.cli import COMMANDS, CONFIGS, main, recipe_names
 
 LIGHT = ("torch", "lightning", "numpy", "h5py", "matplotlib")
@@ -190,16 +191,16 @@ def test_fit_test_export_predict(recipe: Path, clouds: Path, tmp_path: Path, cap
 
 def test_resume_after_kill_equals_uninterrupted(recipe: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of an epoch, then `--ckpt_path last`: the same weights, and one metrics file without gaps or repeats."""
-    assert main(["fit", "--config", str(recipe), "--name", "whole", "--trainer.max_epochs", "6"]) == 0
-    command = [sys.executable, "-m", "litzoo", "fit", "--config", str(recipe), "--name", "killed", "--trainer.max_epochs", "6"]
+    assert main(["fit", "--config", str(recipe), "--name", "whole", "--trainer.max_epochs", "12"]) == 0
+    command = [sys.executable, "-m", "litzoo", "fit", "--config", str(recipe), "--name", "killed", "--trainer.max_epochs", "12"]
     checkpoint = tmp_path / "runs" / "killed" / "version_0" / "checkpoints" / "last.ckpt"
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while process.poll() is None and not checkpoint.is_file():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert torch.load(checkpoint, weights_only=True)["epoch"] < 5
-    assert main(["fit", "--config", str(recipe), "--name", "killed", "--trainer.max_epochs", "6", "--ckpt_path", "last"]) == 0
+    assert torch.load(checkpoint, weights_only=True)["epoch"] < 11
+    assert main(["fit", "--config", str(recipe), "--name", "killed", "--trainer.max_epochs", "12", "--ckpt_path", "last"]) == 0
     whole = tmp_path / "runs" / "whole" / "version_0"
     killed = tmp_path / "runs" / "killed" / "version_0"
     first, second = weights(whole / "checkpoints" / "last.ckpt"), weights(killed / "checkpoints" / "last.ckpt")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from litzoo.zoo.functional.confusion import confusion_matrix, per_class_scores
 from sklearn import metrics
+
+from litzoo.zoo.functional.confusion import confusion_matrix, per_class_scores
 
 
 @pytest.mark.parametrize("classes", [2, 5, 69])

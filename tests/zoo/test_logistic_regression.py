@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
 from litzoo.datamodules import PatientsDataModule
 from litzoo.zoo import LogisticRegression
 

@@ -69,10 +69,9 @@ def plot_decision_boundary(
     size = 30 if len(drawn) < 500 else 8
     for cls, name in enumerate(class_names):
         for ring in (False, True):
-            chosen = drawn[(label[drawn] == cls) & (wrong == ring)]
-            axes.scatter(
-                *points[chosen].T, s=size, color=colors[cls], edgecolors=INK if ring else "white", linewidths=1.1 if ring else 0.6, zorder=3
-            )
+            x, y = points[drawn[(label[drawn] == cls) & (wrong == ring)]].T
+            edge, width = (INK, 1.1) if ring else ("white", 0.6)
+            axes.scatter(x, y, s=size, color=colors[cls], edgecolors=edge, linewidths=width, zorder=3)
         axes.scatter([], [], s=30, color=colors[cls], edgecolors="white", label=f"{name} ({(label == cls).sum():,})")
     if wrong.any():
         axes.scatter([], [], s=30, facecolors="none", edgecolors=INK, linewidths=1.1, label=f"wrong side ({wrong.mean():.1%})")

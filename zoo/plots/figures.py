@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -13,7 +14,7 @@ INK, MUTED, LINES = "#1f2933", "#616e7c", "#e4e7eb"
 SERIES = ("#2f6fb2", "#e08e2b", "#4c9f70", "#c2473d", "#7d5ba6", "#3aa6b9", "#a37c55", "#d670a7", "#8a9a2f", "#52606d")
 
 
-def new_figure(width: float, height: float, layout: str | None = "constrained") -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """A figure of that size in inches that draws itself without a window, outside of pyplot's global state.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from .figures import INK, SERIES, new_figure
 
@@ -60,7 +61,7 @@ def plot_point_clouds(
     low, high = (0.0, 1.0) if values is None else (min(float(v.min()) for v in values), max(float(v.max()) for v in values))
 
     figure = new_figure(1.7 * columns, 1.9 * rows)
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.02)  # type: ignore[union-attr]
+    figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.02))
     for position, (cloud, title) in enumerate(zip(clouds, titles, strict=True)):
         points = np.asarray(cloud, dtype=np.float64)
         if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:
@@ -82,7 +83,7 @@ def plot_point_clouds(
         # Denser clouds get smaller dots, so that they cover about the same area.
         size = (1.2 + 2.6 * near) * min(1.6, (2048 / len(points)) ** 0.5)
         axes = figure.add_subplot(rows, columns, position + 1)
-        axes.scatter(*flat[order].T, c=color[order], s=size[order], linewidths=0)
+        axes.scatter(flat[order, 0], flat[order, 1], c=color[order], s=size[order], linewidths=0)
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1)
         axes.set_aspect("equal")
