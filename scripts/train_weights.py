@@ -57,8 +57,6 @@ def fit(recipe: Path, runs: Path) -> tuple[Path, float]:
 def finished_run(folder: Path, minutes: float | None = None) -> Run:
     """Read what a run's files say of its best checkpoint, its epochs and its time.
 
-    Lightning's last.ckpt is as old as the last improvement of the monitored metric; metrics.csv goes on to the end.
-
     Args:
         folder: `ROOT/NAME/version_N`.
         minutes: of the fit; None takes the time from the writing of config.yaml to that of the last metrics.
@@ -67,8 +65,8 @@ def finished_run(folder: Path, minutes: float | None = None) -> Run:
         CommandError: if the run has no checkpoint or no configuration, was resumed or selected nothing.
     """
     config, metrics = folder / "config.yaml", folder / "metrics.csv"
-    last = max(folder.glob("checkpoints/last*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
-    if last is None or not config.is_file() or not metrics.is_file():
+    last = folder / "checkpoints" / "last.ckpt"
+    if not last.is_file() or not config.is_file() or not metrics.is_file():
         raise CommandError(f"{folder} is not a run of `litzoo fit`: it lacks config.yaml, metrics.csv or checkpoints/last.ckpt")
     if minutes is None and list(folder.glob("config_resumed_*.yaml")):
         raise CommandError(f"{folder} was resumed, so its files do not tell how long it trained: train the recipe in one go")

@@ -10,7 +10,7 @@ from torch import Tensor
 def class_balanced_weights(class_counts: Sequence[int] | Tensor) -> Tensor:
     """Weights inversely proportional to class frequency, w_c = M / (C n_c), so that each class weighs the same in sum.
 
-    The weighted mean over the data, sum_c n_c w_c / M, is 1. It is scikit-learn's `class_weight="balanced"`.
+    Where every class has samples, the mean over the data, sum_c n_c w_c / M, is 1. It is scikit-learn's `class_weight="balanced"`.
 
     Args:
         class_counts: number of training samples of each of the C classes.
