@@ -209,6 +209,21 @@ def test_resume_after_kill_equals_uninterrupted(recipe: Path, tmp_path: Path) ->
     assert {path.name for path in killed.glob("config*")} == {"config.yaml", "config_resumed_1.yaml"}
 
 
+def test_ctrl_c_ends_cleanly(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "litzoo", "fit", "--config", str(recipe), "--name", "stopped"]
+    process = subprocess.Popen([*command, "--trainer.max_epochs", "800"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    checkpoint = tmp_path / "runs" / "stopped" / "version_0" / "checkpoints" / "last.ckpt"
+    while process.poll() is None and not checkpoint.is_file():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stops after this batch" in message
+    assert "--ckpt_path last goes on" in message
+    assert "Traceback" not in message
+    torch.load(checkpoint, weights_only=True)
+
+
 def test_another_seed_differs(recipe: Path, tmp_path: Path) -> None:
     for name, seed in (("a", "3"), ("b", "4")):
         assert main(["fit", "--config", str(recipe), "--name", name, "--seed_everything", seed, "--trainer.max_epochs", "1"]) == 0

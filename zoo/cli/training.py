@@ -4,7 +4,9 @@ import ctypes
 import inspect
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -30,6 +32,41 @@ class _Parser(LightningArgumentParser):
     # The parsers of nested classes end here too, so the message is shortened only where it is printed.
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise CommandError(message) from ex
+
+
+class _StopBetweenBatches(Callback):
+    """Lets Ctrl-C wait for the end of the batch: in the middle of one it can leave a logger's thread locked for good."""
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if threading.current_thread() is threading.main_thread():  # only there can a signal be handled
+            self._before = signal.signal(signal.SIGINT, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        print("\nlitzoo: stops after this batch; Ctrl-C again stops at once", file=sys.stderr)
+
+    def _stop_if_asked(self, *_: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+
+    # The hooks differ in arguments that do not matter here.
+    on_train_batch_end = _stop_if_asked  # type: ignore[assignment]
+    on_validation_batch_end = _stop_if_asked  # type: ignore[assignment]
+    on_test_batch_end = _stop_if_asked  # type: ignore[assignment]
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the last epoch; a class of its own, so that its state is never mistaken for that of the best checkpoint."""
 
 
 class LitzooCLI(LightningCLI):
@@ -61,8 +98,8 @@ class LitzooCLI(LightningCLI):
         # Two, because save_last of the one that keeps the best is written only when a new best is.
         best = {"monitor": "val/loss", "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
         last = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
-        for group, defaults in (("checkpoint", best), ("last", last)):
-            parser.add_lightning_class_args(ModelCheckpoint, group)
+        for group, kind, defaults in (("checkpoint", ModelCheckpoint, best), ("last", LastCheckpoint, last)):
+            parser.add_lightning_class_args(kind, group)
             parser.set_defaults({f"{group}.{name}": value for name, value in defaults.items()})
 
     def _parse_ckpt_path(self) -> None:
@@ -123,7 +160,7 @@ class LitzooCLI(LightningCLI):
                     RunLogger(run, self._resumed_step),
                     TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed_step),
                 ]
-        self.trainer_defaults["callbacks"] = [callbacks.StepSeed()]
+        self.trainer_defaults["callbacks"] = [callbacks.StepSeed(), _StopBetweenBatches()]
         if run is not None and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LearningRateMonitor())
         # A test keeps to the folder of the checkpoint, or Lightning warns that the run has moved.
