@@ -81,7 +81,7 @@ def _help() -> str:
             "",
             "litzoo COMMAND --help tells the options of a command; --debug shows the traceback of an error;",
             "litzoo --print_completion=shtab-bash prints completions for the shell (needs shtab);",
-            "every option of fit can also be given as an environment variable, such as LITZOO_FIT__TRAINER__MAX_EPOCHS=7.",
+            "what neither a recipe nor the command line sets can be set by environment variables, such as LITZOO_FIT__NAME=mine.",
         ]
     )
 
