@@ -110,6 +110,8 @@ def test_every_recipe_has_a_sentence_and_sets_the_epochs() -> None:
         (["fit", "--config", "RECIPE", "--data.path", "nowhere.h5"], "there is no file nowhere.h5"),
         (["fit", "--config", "RECIPE", "--ckpt_path", "nowhere.ckpt"], "there is no checkpoint nowhere.ckpt"),
         (["fit", "--config", "RECIPE", "--ckpt_path", "last"], "train first"),
+        (["fit", "--config", "RECIPE", "--trainer.precision", "17"], "--trainer.precision: expected"),
+        (["fit", "--config", "RECIPE", "--trainer.devices", "0"], "devices"),
         (["test", "--config", "RECIPE"], "train first"),
         (["fit", "--config", "BROKEN"], "broken.yaml"),
         (["fit", "--config", "WRONG"], "'modle'"),
@@ -132,7 +134,23 @@ def test_mistakes_are_one_line_and_leave_nothing(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("litzoo: ")]
     assert len(lines) == 1
     assert words in lines[0]
-    assert not (tmp_path / "runs").exists()
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_broken_or_foreign_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", str(recipe), "--trainer.max_epochs", "1"]) == 0
+    whole = tmp_path / "runs" / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    (tmp_path / "truncated.ckpt").write_bytes(whole.read_bytes()[:100_000])
+    (tmp_path / "text.ckpt").write_text("hello")
+    torch.save({"a": 1}, tmp_path / "other.ckpt")
+    for name in ("truncated", "text", "other"):
+        for command in ("fit", "test"):
+            assert main([command, "--config", str(recipe), "--ckpt_path", f"{name}.ckpt"]) == 2
+    assert main(["test", "--config", str(recipe), "--model.feature_transform", "true"]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("litzoo: ")]
+    assert ["not a whole checkpoint" in line for line in lines] == [True, True, True, True, False, False, False]
+    assert all("not a Lightning checkpoint" in line for line in lines[4:6])
+    assert "does not fit this model" in lines[6]
 
 
 def test_debug_shows_the_traceback() -> None:

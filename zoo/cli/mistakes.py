@@ -23,6 +23,9 @@ def sentence(error: BaseException) -> str | None:
     exceptions = sys.modules.get("lightning.fabric.utilities.exceptions")
     if exceptions is not None:  # if it was never imported, its error cannot have been raised
         types.append(exceptions.MisconfigurationException)
+    if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
+        faults = re.sub(r"\s+", " ", str(error))[:300]
+        return f"the checkpoint does not fit this model; give the config.yaml of its run with --config ({faults} ...)"
     if not isinstance(error, tuple(types)):
         return None
     if isinstance(error, OSError) and error.filename is not None:

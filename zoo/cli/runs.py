@@ -36,6 +36,24 @@ def reserve_run(folder: Path, prefix: str = "version") -> Path:
             continue
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a Lightning checkpoint without running what it may hold.
+
+    Raises:
+        CommandError: if it is not a whole one.
+    """
+    import torch
+
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # a damaged pickle can raise anything
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise CommandError(f"{path} is not a whole checkpoint ({reason}): give another file with --ckpt_path") from error
+    if not isinstance(checkpoint, dict) or not {"global_step", "callbacks", "state_dict"} <= checkpoint.keys():
+        raise CommandError(f"{path} is not a Lightning checkpoint: give one that `litzoo fit` wrote")
+    return checkpoint
+
+
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The `last` or `best` checkpoint of the newest run in a folder that has one.
 
@@ -54,9 +72,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
         raise CommandError(f"there is no checkpoint under {folder}: train first, or give a file with --ckpt_path")
     if which == "last":
         return last
-    import torch
-
-    states = torch.load(last, weights_only=True, map_location="cpu")["callbacks"].values()
+    states = read_checkpoint(last)["callbacks"].values()
     names = [Path(state["best_model_path"]).name for state in states if state.get("monitor") and state.get("best_model_path")]
     # By its name: the run's folder may have been moved since.
     if names and (last.parent / names[0]).is_file():

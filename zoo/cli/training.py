@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -22,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
-from .runs import RunLogger, find_checkpoint, reserve_run, run_of, shared_folder, version_of
+from .runs import RunLogger, find_checkpoint, read_checkpoint, reserve_run, run_of, shared_folder, version_of
 
 # What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
 LINKS = ("num_classes", "class_names", "class_counts", "num_train", "normalization")
@@ -141,9 +140,10 @@ class LitzooCLI(LightningCLI):
             if not self._checkpoint.is_file():
                 raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
             settings.ckpt_path = str(self._checkpoint)
+            step = read_checkpoint(self._checkpoint)["global_step"]
             print(f"litzoo: {self.subcommand} from {self._checkpoint}")
             if self.subcommand == "fit" and wanted == "last":
-                self._resumed_step = torch.load(self._checkpoint, weights_only=True, map_location="cpu")["global_step"]
+                self._resumed_step = step
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
 
@@ -169,7 +169,12 @@ class LitzooCLI(LightningCLI):
             if owner is not None and checkpoint.dirpath is None:
                 checkpoint.dirpath = str((owner / "checkpoints").absolute())
         self.run_folder = run
-        return super().instantiate_trainer(**kwargs)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception:
+            if run is not None and not any(run.iterdir()):
+                run.rmdir()
+            raise
 
     def _refuse_disagreement(self) -> None:
         """jsonargparse drops a hand-given value of a linked argument in silence."""
