@@ -142,7 +142,9 @@ class HDF5PointsDataModule(ArrayDataModule):
         kind = getattr(file[name], "dtype", None)
         if kind is None or kind.kind not in "biuf" or kind.itemsize > 8:
             raise DataError(f"{self.path}: {name} must be an array of numbers, it is {'a group' if kind is None else f'of type {kind}'}")
-        return torch.from_numpy(file[name][...].astype(kind.newbyteorder("="), copy=False))
+        # Torch cannot index with the wider unsigned types.
+        native = "i8" if kind.kind == "u" and kind.itemsize > 1 else kind.newbyteorder("=")
+        return torch.from_numpy(file[name][...].astype(native, copy=False))
 
     def _whole(self, file: Any, name: str) -> Tensor:
         values = self._numbers(file, name)
