@@ -200,7 +200,7 @@ def test_fit_test_export_predict(recipe: Path, clouds: Path, tmp_path: Path, cap
 
 
 def test_resume_after_kill_equals_uninterrupted(recipe: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle of an epoch, then `--ckpt_path last`: the same weights, and one metrics file without repeats."""
+    """kill -9 then `--ckpt_path last`: the same weights, and one metrics file without repeats."""
     assert main(["fit", "--config", str(recipe), "--name", "whole", "--trainer.max_epochs", "12"]) == 0
     command = [sys.executable, "-m", "litzoo", "fit", "--config", str(recipe), "--name", "killed", "--trainer.max_epochs", "12"]
     checkpoint = tmp_path / "runs" / "killed" / "version_0" / "checkpoints" / "last.ckpt"
@@ -218,8 +218,10 @@ def test_resume_after_kill_equals_uninterrupted(recipe: Path, tmp_path: Path) ->
     rows, resumed_rows = ((run / "metrics.csv").read_text().splitlines() for run in (whole, killed))
     assert set(resumed_rows) <= set(rows)
     assert len(resumed_rows) == len(set(resumed_rows))
-    # Lightning logs the training row of an epoch after its checkpoint: killed just between, that one row is lost.
-    assert len(set(rows) - set(resumed_rows)) <= 1
+    # Lightning logs the last rows of an epoch after its checkpoint: killed while it writes them, those rows can be lost.
+    lost = set(rows) - set(resumed_rows)
+    assert len({row.split(",")[0] for row in lost} - {""}) <= 1
+    assert all(row in resumed_rows for row in rows[-4:])
     assert {path.name for path in killed.glob("config*")} == {"config.yaml", "config_resumed_1.yaml"}
 
 
