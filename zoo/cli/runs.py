@@ -2,11 +2,13 @@
 
 import csv
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from . import CommandError
 
@@ -86,6 +88,52 @@ def version_of(run: Path) -> int | str:
     return int(number) if number.isdigit() else run.name
 
 
+class _MetricsFile(ExperimentWriter):
+    """Lightning's writer, but it goes on in a file that exists, and no kill can cost the file a row."""
+
+    def _check_log_dir_exists(self) -> None:
+        """Lightning would delete the file here."""
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        write_rows(Path(self.metrics_file_path), fieldnames, read_rows(Path(self.metrics_file_path)))
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics file, without their empty cells."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def write_rows(path: Path, fields: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a metrics file in one go: whoever reads it, or kills the process, finds the old rows or the new ones."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=fields)
+        writer.writeheader()
+        writer.writerows(rows)
+    temporary.replace(path)
+
+
+class ResumePoint(NamedTuple):
+    """Where the log of a resumed run goes on.
+
+    Attributes:
+        step: the first step that is logged anew.
+        epoch_row: metrics of the checkpoint's own epoch, which Lightning logs only after the checkpoint was written.
+    """
+
+    step: int
+    epoch_row: dict[str, float]
+
+
+def resume_point(checkpoint: Mapping[str, Any]) -> ResumePoint:
+    """Where the log goes on after a checkpoint of `litzoo fit`."""
+    # Not global_step, which counts every optimizer.
+    step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"].get("_batches_that_stepped", checkpoint["global_step"])
+    rows = (state["epoch_row"] for state in checkpoint["callbacks"].values() if "epoch_row" in state)
+    return ResumePoint(step, next(rows, {}))
+
+
 class RunLogger(CSVLogger):
     """A CSV logger that writes every row at once and, when a run is resumed, goes on in the same file.
 
@@ -93,30 +141,33 @@ class RunLogger(CSVLogger):
 
     Args:
         run: the run's folder, which exists.
-        resumed_step: `global_step` of the checkpoint, or None for a new run.
+        resumed: where to go on, or None for a new run.
     """
 
-    def __init__(self, run: Path, resumed_step: int | None = None) -> None:
+    def __init__(self, run: Path, resumed: ResumePoint | None = None) -> None:
         super().__init__(save_dir=run.parent.parent, name=run.parent.name, version=version_of(run), flush_logs_every_n_steps=1)
-        self._resumed_step = resumed_step
+        self._resumed = resumed
 
     @property
+    @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None and self._resumed_step is not None:
-            path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-            rows: list[dict[str, str]] = []
-            if path.is_file():
-                with path.open(newline="", encoding="utf-8") as file:
-                    rows = [row for row in csv.DictReader(file) if int(row["step"] or 0) < self._resumed_step]
-                # Out of the way of the writer, which deletes the file that it finds.
-                path.rename(path.with_suffix(".resumed.csv"))
-            writer = super().experiment
-            writer.metrics = [{key: value for key, value in row.items() if value != ""} for row in rows]
-            writer.metrics_keys = sorted({key for row in writer.metrics for key in row})
-            if rows:
-                writer.save()
-                path.with_suffix(".resumed.csv").unlink()
-        return super().experiment
+        if self._experiment is None:
+            self._experiment = _MetricsFile(self.log_dir)
+            if self._resumed is not None:
+                self._go_on(self._experiment, self._resumed)
+        return self._experiment
+
+    def _go_on(self, writer: _MetricsFile, resumed: ResumePoint) -> None:
+        path = Path(writer.metrics_file_path)
+        rows: list[dict[str, Any]] = []
+        if path.is_file():
+            rows += [row for row in read_rows(path) if int(row.get("step", 0)) < resumed.step]
+        last = str(resumed.step - 1)
+        if resumed.epoch_row and not any(row["step"] == last and resumed.epoch_row.keys() <= row.keys() for row in rows):
+            rows.append({**resumed.epoch_row, "step": last})
+        writer.metrics_keys = sorted({key for row in rows for key in row})
+        if rows:
+            write_rows(path, writer.metrics_keys, rows)
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
-from .runs import RunLogger, find_checkpoint, read_checkpoint, reserve_run, run_of, shared_folder, version_of
+from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, reserve_run, resume_point, run_of, shared_folder, version_of
 
 # What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
 LINKS = ("num_classes", "class_names", "class_counts", "num_train", "normalization")
@@ -65,7 +65,21 @@ class _StopBetweenBatches(Callback):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the last epoch; a class of its own, so that its state is never mistaken for that of the best checkpoint."""
+    """Keeps the last epoch, and its row of the log, which Lightning writes only after the checkpoint.
+
+    A class of its own, so that its state is never mistaken for that of the best checkpoint.
+    """
+
+    _epoch_row: dict[str, float] | None = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Private, because trainer.logged_metrics mixes it with the rows of steps and of validation.
+        row = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()}
+        self._epoch_row = {"epoch": trainer.current_epoch, **row} if row else {}
+        super().on_train_epoch_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "epoch_row": self._epoch_row or {}}
 
 
 class LitzooCLI(LightningCLI):
@@ -134,16 +148,16 @@ class LitzooCLI(LightningCLI):
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
         wanted = settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
         self._checkpoint: Path | None = None
-        self._resumed_step: int | None = None
+        self._resumed: ResumePoint | None = None
         if wanted is not None:
             self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
             if not self._checkpoint.is_file():
                 raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
             settings.ckpt_path = str(self._checkpoint)
-            step = read_checkpoint(self._checkpoint)["global_step"]
+            checkpoint = read_checkpoint(self._checkpoint)
             print(f"litzoo: {self.subcommand} from {self._checkpoint}")
             if self.subcommand == "fit" and wanted == "last":
-                self._resumed_step = step
+                self._resumed = resume_point(checkpoint)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
 
@@ -157,8 +171,8 @@ class LitzooCLI(LightningCLI):
             run = self._make_run()
             if trainer.get("logger") in (None, True):
                 kwargs["logger"] = [
-                    RunLogger(run, self._resumed_step),
-                    TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed_step),
+                    RunLogger(run, self._resumed),
+                    TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed and self._resumed.step),
                 ]
         self.trainer_defaults["callbacks"] = [callbacks.StepSeed(), _StopBetweenBatches()]
         if run is not None and self.subcommand == "fit":
@@ -188,7 +202,7 @@ class LitzooCLI(LightningCLI):
     def _make_run(self) -> Path:
         """The folder of this run: a new one, but the checkpoint's own for `--ckpt_path last`."""
         old = None if self._checkpoint is None else run_of(self._checkpoint)
-        if self._resumed_step is not None and old is not None:
+        if self._resumed is not None and old is not None:
             self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(old.glob('config*.yaml')))}.yaml"}
             return old
         if self.subcommand == "fit":
@@ -247,7 +261,7 @@ def train(arguments: list[str]) -> int:
     keep_freed_memory()
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data in memory needs none
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run goes on there, and RunLogger keeps its rows
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run goes on in its folder
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     _import_short_names()
     set_parsing_settings(add_print_completion_argument=True)
