@@ -70,6 +70,16 @@ def test_light_commands_import_nothing_heavy(arguments: list[str]) -> None:
     assert result.stderr.splitlines()[-1] == "[]"
 
 
+def test_help_of_fit_imports_only_what_it_needs() -> None:
+    code = (
+        "import sys; from litzoo.zoo.cli import main\ntry: main(['fit', '--help'])\n"
+        "except SystemExit: print([m for m in ('matplotlib', 'scipy', 'torchvision') if m in sys.modules], file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stderr.splitlines()[-1] == "[]"
+    assert "--checkpoint.monitor" in result.stdout
+
+
 def test_list_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list"]) == 0
     text = capsys.readouterr().out

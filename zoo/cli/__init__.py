@@ -88,6 +88,10 @@ def _help() -> str:
 
 def _dispatch(command: str, arguments: list[str]) -> int:
     if command in _TRAINING:
+        if {"-h", "--help"} & set(arguments):
+            from .quick_help import skip_optional_imports
+
+            skip_optional_imports()
         arguments = resolve_recipes(arguments)
         variable = f"LITZOO_{command.upper()}__CONFIG"
         if variable in os.environ:
