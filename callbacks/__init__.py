@@ -9,21 +9,42 @@ if __name__ != "litzoo.callbacks":
 CALLBACKS = {
     "ConfusionMatrixPlot": "confusion_matrix_plot",
     "DecisionBoundaryPlot": "decision_boundary_plot",
+    "DiscriminativeLR": "discriminative_lr",
+    "EMA": "ema",
+    "FGM": "fgm",
+    "Flooding": "flooding",
+    "GradualUnfreeze": "gradual_unfreeze",
     "PerClassTable": "per_class_table",
+    "SAM": "sam",
+    "SWA": "swa",
+    "SnapshotEnsemble": "snapshot_ensemble",
     "StepSeed": "step_seed",
 }
-__all__ = list(CALLBACKS)
+# Functions that stand beside a callback.
+_FUNCTIONS = {"average_checkpoints": "swa", "discriminative_param_groups": "discriminative_lr"}
+__all__ = list(CALLBACKS) + list(_FUNCTIONS)
 
 if TYPE_CHECKING:
     from .confusion_matrix_plot import ConfusionMatrixPlot as ConfusionMatrixPlot
     from .decision_boundary_plot import DecisionBoundaryPlot as DecisionBoundaryPlot
+    from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
+    from .discriminative_lr import discriminative_param_groups as discriminative_param_groups
+    from .ema import EMA as EMA
+    from .fgm import FGM as FGM
+    from .flooding import Flooding as Flooding
+    from .gradual_unfreeze import GradualUnfreeze as GradualUnfreeze
     from .per_class_table import PerClassTable as PerClassTable
+    from .sam import SAM as SAM
+    from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
     from .step_seed import StepSeed as StepSeed
+    from .swa import SWA as SWA
+    from .swa import average_checkpoints as average_checkpoints
 
 
 def __getattr__(name: str) -> Any:
-    if name in CALLBACKS:
-        return getattr(import_module(f"{__name__}.{CALLBACKS[name]}"), name)
+    file = CALLBACKS.get(name) or _FUNCTIONS.get(name)
+    if file is not None:
+        return getattr(import_module(f"{__name__}.{file}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -78,16 +78,30 @@ def table(index: dict[str, Any], weights: Path) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
-def split_readme(text: str) -> tuple[str, str, str]:
+def split_readme(text: str, begin: str = BEGIN, end: str = END) -> tuple[str, str, str]:
     """The README up to and with the first marker, the table between, and the rest from the second marker on.
 
     Raises:
         TableError: if there is not exactly one pair of markers.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise TableError(f"{README} needs one line {BEGIN} and, below it, one line {END}: the table goes between them")
-    start, stop = text.index(BEGIN) + len(BEGIN), text.index(END)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise TableError(f"{README} needs one line {begin} and, below it, one line {end}: the table goes between them")
+    start, stop = text.index(begin) + len(begin), text.index(end)
     return text[:start], text[start:stop].strip("\n"), text[stop:]
+
+
+def write_table(generated: str, begin: str = BEGIN, end: str = END) -> None:
+    """Put a table between its markers, in one go.
+
+    Raises:
+        TableError: if there is no README with these markers.
+    """
+    if not README.is_file():
+        raise TableError(f"there is no {README}: write it, with the lines {begin} and {end} where the table goes")
+    before, _, after = split_readme(README.read_text(encoding="utf-8"), begin, end)
+    temporary = README.with_suffix(".md.tmp")
+    temporary.write_text(f"{before}\n{generated}\n{after}", encoding="utf-8")
+    temporary.replace(README)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,18 +110,13 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         generated = table(json.loads(INDEX.read_text(encoding="utf-8")), INDEX.parent)
-        if not arguments.write:
+        if arguments.write:
+            write_table(generated)
+        else:
             print(generated)
-            return 0
-        if not README.is_file():
-            raise TableError(f"there is no {README}: write it, with the lines {BEGIN} and {END} where the table goes")
-        before, _, after = split_readme(README.read_text(encoding="utf-8"))
     except TableError as error:
         print(f"model_table: {error}", file=sys.stderr)
         return 2
-    temporary = README.with_suffix(".md.tmp")
-    temporary.write_text(f"{before}\n{generated}\n{after}", encoding="utf-8")
-    temporary.replace(README)
     return 0
 
 

@@ -189,3 +189,47 @@ def test_textbook_network_is_the_same_network(script: ModuleType) -> None:
     torch.testing.assert_close(own_loss, other_loss)
     for own, other in pairs:
         torch.testing.assert_close(own.grad, other.grad.view_as(own))
+
+
+def test_every_average_moves_alike(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three peers compute the same average of the same moving weights."""
+    nets: list[torch.nn.Module] = []
+
+    def small() -> torch.nn.Module:
+        torch.manual_seed(0)
+        nets.append(torch.nn.Linear(3, 2))
+        return nets[-1]
+
+    monkeypatch.setattr(script, "small_resnet18", small)
+    averages = []
+    for make in (script.ema_litzoo, script.ema_lightning, script.ema_timm):
+        update = make(tmp_path)
+        held = {type(cell.cell_contents).__name__: cell.cell_contents for cell in update.__closure__}
+        update()  # Lightning's first update copies the weights
+        for _ in range(4):
+            with torch.no_grad():
+                nets[-1].weight += 1.0
+            update()
+        if "EMA" in held:
+            averages.append(held["EMA"]._average[0])
+        elif "EMAWeightAveraging" in held:
+            averages.append(held["EMAWeightAveraging"]._average_model.module.net.weight)
+        else:
+            averages.append(held["ModelEmaV3"].module.weight)
+    torch.testing.assert_close(averages[0], averages[1])
+    torch.testing.assert_close(averages[0], averages[2])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_callback_case_trains(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Tiny(torch.nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1 = torch.nn.Conv2d(3, 4, 3)
+            self.norm = torch.nn.BatchNorm2d(4)
+            self.flatten = torch.nn.Flatten()
+            self.fc = torch.nn.Linear(4 * 36, 10)
+
+    monkeypatch.setattr(script, "small_resnet18", Tiny)
+    for make in script.BENCHMARKS["callbacks"].cases.values():
+        make(tmp_path, steps=4, batch_size=2, side=8)()

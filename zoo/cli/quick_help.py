@@ -1,6 +1,7 @@
 """Makes `litzoo fit --help` quick: what the help does not need is not imported."""
 
 import importlib.metadata
+from typing import Any
 
 # torchmetrics imports these for plots, images and sound where they are installed: 2.7 of 6.5 CPU seconds.
 _NOT_NEEDED = ("matplotlib", "scipy", "torchvision")
@@ -11,8 +12,9 @@ def skip_optional_imports() -> None:
 
     Must be called before torchmetrics is imported, in a process that prints help and ends.
     """
-    from lightning_utilities.core import imports
+    from lightning_utilities.core import imports as found
 
+    imports: Any = found
     package_available = imports.package_available
 
     def version(name: str) -> str:

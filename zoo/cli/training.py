@@ -4,6 +4,7 @@ import ctypes
 import inspect
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -215,6 +216,11 @@ class LitzooCLI(LightningCLI):
         except SystemExit:  # how Lightning ends on Ctrl-C
             if self.run_folder is not None and subcommand == "fit":
                 print("litzoo: stopped; the same command with --ckpt_path last goes on from the last whole epoch", file=sys.stderr)
+            raise
+        except Exception:
+            # A run that was refused before its first step is none; what it logged is its start.
+            if self.run_folder is not None and subcommand == "fit" and self._checkpoint is None and self.trainer.global_step == 0:
+                shutil.rmtree(self.run_folder, ignore_errors=True)
             raise
 
     def before_fit(self) -> None:

@@ -1,0 +1,205 @@
+"""SWA: the mean of the weights at the end of the last epochs, or of several checkpoints."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .averaged_weights import AveragedWeights
+from .guards import refuse
+
+
+class SWA(AveragedWeights):
+    """Validates, saves and keeps the mean of the weights at the ends of the epochs from `start` on.
+
+    With w_1 ... w_n the weights at the end of the averaged epochs: a = (w_1 + ... + w_n) / n, in float32. The learning rate is
+    the module's: its scheduler is neither replaced nor stopped (the paper suggests a constant or cyclic rate in the
+    averaged epochs), and no epoch is added. The average has BatchNorm statistics of its own: before it is validated or
+    saved, one pass over the training data estimates them anew.
+
+    During validation the module holds the average, after training it keeps it; until `start` it is left alone. A
+    checkpoint's `state_dict` is the average, so it loads and tests without this callback; the weights of the training lie in
+    the callback's state and come back when `fit` resumes. For the mean of the best checkpoints, see `average_checkpoints`.
+
+    Cost: one float32 copy of the weights, and for modules with BatchNorm one pass without gradients over the training data
+    per averaged epoch. Composes with every callback but other weight averages. Refuses sharding strategies and
+    `save_weights_only=True`.
+
+    Args:
+        start: first epoch that is averaged: below 1 as a share of `max_epochs`, from 1 on its number, counted from 0.
+        every_n_epochs: average every n-th epoch only, such as the ends of a cyclic learning rate.
+        reference_loader: batches for BatchNorm's statistics, `(x, ...)` or `x` of `forward(x)`; by default those of the data module's
+            `eval_train_dataloader`, else those of the training.
+        batch_norm_batches: batches for BatchNorm's statistics; None takes all.
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Example:
+        >>> trainer = Trainer(max_epochs=100, callbacks=[SWA(start=0.75)])
+
+    Source:
+        Izmailov, Podoprikhin, Garipov, Vetrov & Wilson, "Averaging Weights Leads to Wider Optima and Better
+        Generalization", UAI 2018, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        start: float = 0.75,
+        every_n_epochs: int = 1,
+        reference_loader: Iterable[Any] | None = None,
+        batch_norm_batches: int | None = None,
+    ) -> None:
+        if not (0 <= start < 1 or (start >= 1 and start == int(start))):
+            raise ValueError(f"start must be a share of the training in [0, 1), or the number of an epoch, got {start}")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        if batch_norm_batches is not None and batch_norm_batches < 1:
+            raise ValueError(f"batch_norm_batches must be at least 1, or None for all, got {batch_norm_batches}")
+        super().__init__()
+        self.start = start
+        self.every_n_epochs = every_n_epochs
+        self.reference_loader = reference_loader
+        self.batch_norm_batches = batch_norm_batches
+        self._stale = True
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and 0 < self.start < 1 and (trainer.max_epochs or -1) < 0:
+            raise refuse(self, f"cannot tell when {self.start:.0%} of the training are over", "set max_epochs, or give start as an epoch")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not trainer.is_last_batch:
+            return
+        start = int(self.start * (trainer.max_epochs or 0)) if self.start < 1 else int(self.start)
+        if trainer.current_epoch >= start and (trainer.current_epoch - start) % self.every_n_epochs == 0:
+            self._move_average(1 / (self._updates + 1))
+            self._stale = True
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._updates:
+            rank_zero_warn(f"SWA averaged no epoch: training ended before epoch {self.start} was over")
+        super().on_train_end(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "stale": self._stale}
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        super()._restore(state)
+        self._stale = state["stale"]
+
+    @torch.no_grad()
+    def _show_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._updates or self._raw is not None:
+            return
+        super()._show_average(trainer, pl_module)
+        layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+        if self._stale and layers:
+            with _batch_norm_statistics(pl_module, layers):
+                for batch in islice(self._batches(trainer, pl_module), self.batch_norm_batches):
+                    with trainer.precision_plugin.forward_context():
+                        pl_module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            _mean_over_processes(trainer, layers)
+            # Estimated once per average: keep them with it.
+            statistics = {id(tensor) for layer in layers for tensor in (layer.running_mean, layer.running_var)}
+            for live, average in zip(self._live, self._average, strict=True):
+                if id(live) in statistics:
+                    average.copy_(live)
+        self._stale = False
+
+    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
+        loader: Any = self.reference_loader
+        if loader is None:
+            make = getattr(trainer.datamodule, "eval_train_dataloader", None)  # type: ignore[attr-defined]
+            loader = trainer.train_dataloader if make is None else make()
+        for batch in loader:
+            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
+
+
+@contextlib.contextmanager
+def _batch_norm_statistics(pl_module: LightningModule, layers: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Estimate the statistics of the layers anew, as plain means over the batches that run inside.
+
+    `torch.optim.swa_utils.update_bn` replaces the buffers, which others hold, and sets every submodule to one mode.
+    """
+    modes = {module: module.training for module in pl_module.modules()}
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    try:
+        pl_module.train()
+        for layer in layers:
+            layer.num_batches_tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
+            layer.reset_running_stats()
+            layer.momentum = None  # cumulative mean
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        for layer, (momentum, batches) in zip(layers, before, strict=True):
+            layer.momentum, layer.num_batches_tracked = momentum, batches
+        for module, training in modes.items():
+            module.training = training
+
+
+def _mean_over_processes(trainer: Trainer, layers: Sequence[_BatchNorm]) -> None:
+    if trainer.world_size > 1:
+        for layer in layers:
+            for statistic in (layer.running_mean, layer.running_var):
+                assert statistic is not None
+                statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
+
+
+def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:
+    """Write a checkpoint whose weights are the mean of those of several Lightning checkpoints, such as the best ones.
+
+    w = (w_1 + ... + w_n) / n for floating-point tensors, summed in float64; the rest is that of the last checkpoint. The result
+    holds no optimiser: it is for `load_from_checkpoint`, `test(ckpt_path=...)` and exports. BatchNorm's statistics are averaged
+    too, which is only near right; `torch.optim.swa_utils.update_bn` estimates them anew.
+
+    Args:
+        paths: at least one checkpoint; `trainer.checkpoint_callback.best_k_models` names the best ones.
+        output: file to write; it must not exist.
+
+    Returns:
+        The file that was written.
+
+    Raises:
+        ValueError: if there is no checkpoint, or they are not of one model.
+        FileExistsError: if `output` exists.
+
+    Example:
+        >>> average_checkpoints(list(trainer.checkpoint_callback.best_k_models), "mean.ckpt")
+
+    Source:
+        Izmailov et al., UAI 2018, section 3; Vaswani et al., "Attention Is All You Need", NeurIPS 2017, section 6.1.
+    """
+    output = Path(output)
+    if output.exists():
+        raise FileExistsError(f"{output} exists: give another file, or delete it")
+    if not paths:
+        raise ValueError("there is no checkpoint to average: give at least one path")
+    total: dict[str, Tensor] = {}
+    for path in paths:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = checkpoint["state_dict"]
+        if total and {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in total.items()}:
+            raise ValueError(f"{path} is not of the same model as {paths[0]}: their weights have other names or shapes")
+        for name, value in weights.items():
+            wide = value.double() if value.is_floating_point() else value
+            total[name] = total[name] + wide if name in total and value.is_floating_point() else wide
+    mean = {name: (total[name] / len(paths)).to(value.dtype) if value.is_floating_point() else value for name, value in weights.items()}
+    kept = {key: value for key, value in checkpoint.items() if key not in ("optimizer_states", "lr_schedulers", "callbacks", "loops")}
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    try:
+        torch.save({**kept, "state_dict": mean}, temporary)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output
