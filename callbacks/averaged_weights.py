@@ -25,6 +25,8 @@ class AveragedWeights(Callback):
     def _forget(self) -> None:
         self._names: list[str] = []
         self._live: list[Tensor] = []
+        # Which of them are buffers.
+        self._buffers: list[int] = []
         self._average: list[Tensor] = []
         # The weights of the training while the module holds the average.
         self._raw: list[Tensor] | None = None
@@ -52,8 +54,10 @@ class AveragedWeights(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         saved = {id(value) for value in pl_module.state_dict(keep_vars=True).values()}
         named = chain(pl_module.named_parameters(), pl_module.named_buffers())
-        tensors = {name: tensor for name, tensor in named if id(tensor) in saved and tensor.is_floating_point()}
+        tensors = {name: tensor for name, tensor in named if id(tensor) in saved and _can_be_averaged(tensor)}
         self._names, self._live = list(tensors), list(tensors.values())
+        buffers = {name for name, _ in pl_module.named_buffers()}
+        self._buffers = [position for position, name in enumerate(self._names) if name in buffers]
         self._average = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in self._live]
         if self._loaded is not None:
             self._restore(self._loaded)
@@ -91,14 +95,17 @@ class AveragedWeights(Callback):
         self._loaded = state_dict
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not self._updates or self._raw is not None:  # there is no average yet, or the module holds it
-            return
-        self._show_average(trainer, pl_module)
-        try:
-            state = trainer.strategy.lightning_module_state_dict()
-            checkpoint["state_dict"] = {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
-        finally:
-            self._show_raw()
+        self._find_buffers(pl_module)
+        if self._updates and self._raw is None:  # else there is no average yet, or the module holds it
+            self._show_average(trainer, pl_module)
+            try:
+                state = trainer.strategy.lightning_module_state_dict()
+                for name, value in state.items():  # in place, because the dictionary also has the versions of the modules
+                    state[name] = value.clone() if isinstance(value, Tensor) else value
+                checkpoint["state_dict"] = state
+            finally:
+                self._show_raw(pl_module)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()  # Lightning asked for it earlier
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -106,14 +113,17 @@ class AveragedWeights(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._show_raw()
+            self._show_raw(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show_average(trainer, pl_module)
 
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._show_average(trainer, pl_module)  # for a training that was over when it was resumed
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit":
-            self._show_raw()
+            self._show_raw(pl_module)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -131,11 +141,23 @@ class AveragedWeights(Callback):
     def _show_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._updates or self._raw is not None:
             return
+        self._find_buffers(pl_module)
         self._raw = [tensor.detach().clone() for tensor in self._live]
         torch._foreach_copy_(self._live, self._average)
 
     @torch.no_grad()
-    def _show_raw(self) -> None:
+    def _show_raw(self, pl_module: LightningModule) -> None:
         if self._raw is not None:
+            self._find_buffers(pl_module)
             torch._foreach_copy_(self._live, self._raw)
             self._raw = None
+
+    def _find_buffers(self, pl_module: LightningModule) -> None:
+        """A step may replace a buffer by another tensor, and a move to another device does."""
+        for position in self._buffers:
+            self._live[position] = pl_module.get_buffer(self._names[position])
+
+
+def _can_be_averaged(tensor: Tensor) -> bool:
+    """Not integers, and not masks with infinities: -inf minus -inf is no number."""
+    return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isfinite().all())

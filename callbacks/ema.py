@@ -57,4 +57,5 @@ class EMA(AveragedWeights):
         self._steps = trainer.global_step
         update = self._updates + 1
         decay = min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
+        self._find_buffers(pl_module)
         self._move_average(1 - decay)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,7 +59,7 @@ class SWA(AveragedWeights):
         reference_loader: Iterable[Any] | None = None,
         batch_norm_batches: int | None = None,
     ) -> None:
-        if not (0 <= start < 1 or (start >= 1 and start == int(start))):
+        if not (0 <= start < 1 or (start >= 1 and start % 1 == 0)):
             raise ValueError(f"start must be a share of the training in [0, 1), or the number of an epoch, got {start}")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
@@ -70,6 +71,8 @@ class SWA(AveragedWeights):
         self.reference_loader = reference_loader
         self.batch_norm_batches = batch_norm_batches
         self._stale = True
+        # Names of the submodules that the training keeps in eval mode.
+        self._eval: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -79,14 +82,31 @@ class SWA(AveragedWeights):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not trainer.is_last_batch:
             return
-        start = int(self.start * (trainer.max_epochs or 0)) if self.start < 1 else int(self.start)
+        start = self._first_epoch(trainer)
         if trainer.current_epoch >= start and (trainer.current_epoch - start) % self.every_n_epochs == 0:
+            self._find_buffers(pl_module)
             self._move_average(1 / (self._updates + 1))
             self._stale = True
+            self._note_modes(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._note_modes(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._stale:  # now, because within the next epoch a second pass could take over the loader's only iterator
+            self._show_average(trainer, pl_module)
+            self._show_raw(pl_module)
+
+    def _first_epoch(self, trainer: Trainer) -> int:
+        # In floats 0.58 * 50 is 28.999...
+        return int(self.start * (trainer.max_epochs or 0) + 1e-9) if self.start < 1 else int(self.start)
+
+    def _note_modes(self, pl_module: LightningModule) -> None:
+        self._eval = {name for name, module in pl_module.named_modules() if not module.training}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._updates:
-            rank_zero_warn(f"SWA averaged no epoch: training ended before epoch {self.start} was over")
+            rank_zero_warn(f"SWA averaged no epoch: training ended before epoch {self._first_epoch(trainer)} was over")
         super().on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,9 +121,13 @@ class SWA(AveragedWeights):
         if not self._updates or self._raw is not None:
             return
         super()._show_average(trainer, pl_module)
-        layers = [module for module in pl_module.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None]
+        layers = [
+            module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in self._eval
+        ]
         if self._stale and layers:
-            with _batch_norm_statistics(pl_module, layers):
+            with _batch_norm_statistics(pl_module, layers, self._eval):
                 for batch in islice(self._batches(trainer, pl_module), self.batch_norm_batches):
                     with trainer.precision_plugin.forward_context():
                         pl_module(batch[0] if isinstance(batch, (tuple, list)) else batch)
@@ -117,29 +141,48 @@ class SWA(AveragedWeights):
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
         loader: Any = self.reference_loader
+        limit = None
         if loader is None:
             make = getattr(trainer.datamodule, "eval_train_dataloader", None)  # type: ignore[attr-defined]
             loader = trainer.train_dataloader if make is None else make()
-        for batch in loader:
-            yield trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), pl_module.device)
+            if make is None and trainer.num_training_batches != float("inf"):
+                limit = int(trainer.num_training_batches)  # limit_train_batches
+        with _kept_generators(loader):
+            for batch in islice(loader, limit):
+                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+                yield trainer.strategy.batch_to_device(batch, pl_module.device)
 
 
 @contextlib.contextmanager
-def _batch_norm_statistics(pl_module: LightningModule, layers: Sequence[_BatchNorm]) -> Iterator[None]:
+def _kept_generators(loader: Any) -> Iterator[None]:
+    """Leave the random generators that a loader and its sampler hold as they are."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    held = [getattr(owner, "generator", None) for owner in owners]
+    generators = [generator for generator in held if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+@contextlib.contextmanager
+def _batch_norm_statistics(pl_module: LightningModule, layers: Sequence[_BatchNorm], in_eval: set[str]) -> Iterator[None]:
     """Estimate the statistics of the layers anew, as plain means over the batches that run inside.
 
     `torch.optim.swa_utils.update_bn` replaces the buffers, which others hold, and sets every submodule to one mode.
     """
     modes = {module: module.training for module in pl_module.modules()}
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     try:
-        pl_module.train()
+        for name, module in pl_module.named_modules():
+            module.training = name not in in_eval
         for layer in layers:
             layer.num_batches_tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
             layer.reset_running_stats()
             layer.momentum = None  # cumulative mean
-        with torch.random.fork_rng(devices):
+        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):  # torch's, numpy's and Python's
             yield
     finally:
         for layer, (momentum, batches) in zip(layers, before, strict=True):
@@ -185,21 +228,30 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
         raise FileExistsError(f"{output} exists: give another file, or delete it")
     if not paths:
         raise ValueError("there is no checkpoint to average: give at least one path")
-    total: dict[str, Tensor] = {}
+    total: dict[str, Any] = {}
     for path in paths:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = checkpoint["state_dict"]
-        if total and {name: value.shape for name, value in weights.items()} != {name: value.shape for name, value in total.items()}:
+        if total and _shapes(weights) != _shapes(total):
             raise ValueError(f"{path} is not of the same model as {paths[0]}: their weights have other names or shapes")
         for name, value in weights.items():
-            wide = value.double() if value.is_floating_point() else value
-            total[name] = total[name] + wide if name in total and value.is_floating_point() else wide
-    mean = {name: (total[name] / len(paths)).to(value.dtype) if value.is_floating_point() else value for name, value in weights.items()}
+            wide = value.to(torch.promote_types(value.dtype, torch.float64)) if _is_averaged(value) else value
+            total[name] = total[name] + wide if name in total and _is_averaged(value) else wide
+    for name, value in weights.items():  # in place, because the dictionary also has the versions of the modules
+        weights[name] = (total[name] / len(paths)).to(value.dtype) if _is_averaged(value) else value
     kept = {key: value for key, value in checkpoint.items() if key not in ("optimizer_states", "lr_schedulers", "callbacks", "loops")}
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        torch.save({**kept, "state_dict": mean}, temporary)
+        torch.save({**kept, "state_dict": weights}, temporary)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)
     return output
+
+
+def _is_averaged(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _shapes(weights: dict[str, Any]) -> dict[str, torch.Size | None]:
+    return {name: value.shape if isinstance(value, Tensor) else None for name, value in weights.items()}
