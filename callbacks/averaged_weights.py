@@ -1,11 +1,11 @@
 """What `EMA` and `SWA` share: an average of the weights that is validated, saved and kept, while training goes on with its own."""
 
-from itertools import chain
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .guards import refuse, refuse_sharded, refuse_together
 
@@ -16,7 +16,8 @@ class AveragedWeights(Callback):
     The average covers the floating-point parameters and the saved floating-point buffers, in float32 or wider; integer
     buffers are those of the last step. During validation the module holds the average, and after training it keeps it.
     A checkpoint's `state_dict` is the average, so `load_from_checkpoint`, `test(ckpt_path=...)` and exports need no callback;
-    the weights of the training lie in the callback's state and come back when `fit` resumes.
+    the weights of the training lie in the callback's state and come back when `fit` resumes. Only of a
+    `trainer.save_checkpoint(..., weights_only=True)` by hand Lightning tells no callback: it holds the weights of the training.
     """
 
     def __init__(self) -> None:
@@ -52,13 +53,25 @@ class AveragedWeights(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        saved = {id(value) for value in pl_module.state_dict(keep_vars=True).values()}
-        named = chain(pl_module.named_parameters(), pl_module.named_buffers())
-        tensors = {name: tensor for name, tensor in named if id(tensor) in saved and _can_be_averaged(tensor)}
-        self._names, self._live = list(tensors), list(tensors.values())
-        buffers = {name for name, _ in pl_module.named_buffers()}
-        self._buffers = [position for position, name in enumerate(self._names) if name in buffers]
-        self._average = [tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for tensor in self._live]
+        lazy = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
+        if lazy:
+            raise refuse(self, f"cannot average {lazy[0]}, which has no shape yet", "run a batch through the module before fit")
+        unsaved = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in pl_module.named_modules()
+            for name in module._non_persistent_buffers_set
+        }
+        known = self._loaded["raw"] if self._loaded is not None else {}
+        parameters = {name: tensor for name, tensor in pl_module.named_parameters() if _is_continuous(tensor)}
+        # Not masks with infinities: -inf minus -inf is no number.
+        buffers = {
+            name: tensor
+            for name, tensor in pl_module.named_buffers()
+            if name not in unsaved and _is_continuous(tensor) and (name in known if known else bool(tensor.isfinite().all()))
+        }
+        self._names, self._live = [*parameters, *buffers], [*parameters.values(), *buffers.values()]
+        self._buffers = list(range(len(parameters), len(self._names)))
+        self._average = [_wide(tensor) for tensor in self._live]
         if self._loaded is not None:
             self._restore(self._loaded)
             self._loaded = None
@@ -79,6 +92,8 @@ class AveragedWeights(Callback):
                     average.copy_(state["average"][name])
 
     def state_dict(self) -> dict[str, Any]:
+        if self._loaded is not None:  # a tuner saves and loads before on_fit_start
+            return self._loaded
         raw = self._live if self._raw is None else self._raw
         return {
             "updates": self._updates,
@@ -92,7 +107,8 @@ class AveragedWeights(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        if state_dict["raw"]:  # else it was saved before a fit
+            self._loaded = state_dict
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._find_buffers(pl_module)
@@ -113,7 +129,7 @@ class AveragedWeights(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
-            self._show_raw(pl_module)
+            self._show_raw(pl_module, validated=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._show_average(trainer, pl_module)
@@ -124,10 +140,14 @@ class AveragedWeights(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if trainer.state.fn == "fit":
             self._show_raw(pl_module)
+            self.teardown(trainer, pl_module, "fit")
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Keep no module alive, and nothing on the device; what a checkpoint by hand needs stays."""
         if stage == "fit":
-            self._live = [tensor.detach() for tensor in self._live]  # keep no module alive, and nothing that cannot be pickled
+            self._live = [tensor.detach().cpu() for tensor in self._live]
+            self._average = [tensor.cpu() for tensor in self._average]
+            self._raw = None if self._raw is None else [tensor.cpu() for tensor in self._raw]
 
     @torch.no_grad()
     def _move_average(self, weight: float) -> None:
@@ -141,23 +161,43 @@ class AveragedWeights(Callback):
     def _show_average(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._updates or self._raw is not None:
             return
-        self._find_buffers(pl_module)
+        self._find_tensors(pl_module)
         self._raw = [tensor.detach().clone() for tensor in self._live]
         torch._foreach_copy_(self._live, self._average)
 
     @torch.no_grad()
-    def _show_raw(self, pl_module: LightningModule) -> None:
-        if self._raw is not None:
-            self._find_buffers(pl_module)
-            torch._foreach_copy_(self._live, self._raw)
-            self._raw = None
+    def _show_raw(self, pl_module: LightningModule, validated: bool = False) -> None:
+        if self._raw is None:
+            return
+        self._find_tensors(pl_module)
+        for position in self._buffers if validated else ():
+            live, average = self._live[position], self._average[position]
+            if not torch.equal(live, average.to(live.dtype)):  # the validation has set it, such as a threshold
+                self._raw[position] = live.clone()
+                average.copy_(live)
+        torch._foreach_copy_(self._live, self._raw)
+        self._raw = None
+
+    def _find_tensors(self, pl_module: LightningModule) -> None:
+        """Look the tensors up anew: the end of a fit moves them to another device."""
+        parameters = dict(pl_module.named_parameters())
+        self._live = [parameters.get(name, live) for name, live in zip(self._names, self._live, strict=True)]
+        self._find_buffers(pl_module)
 
     def _find_buffers(self, pl_module: LightningModule) -> None:
-        """A step may replace a buffer by another tensor, and a move to another device does."""
+        """A step may replace a buffer by another tensor, also one of another shape, which cannot be averaged."""
         for position in self._buffers:
-            self._live[position] = pl_module.get_buffer(self._names[position])
+            live = self._live[position] = pl_module.get_buffer(self._names[position])
+            if live.shape != self._average[position].shape:
+                self._average[position] = _wide(live)
+                if self._raw is not None:
+                    self._raw[position] = live.clone()
 
 
-def _can_be_averaged(tensor: Tensor) -> bool:
-    """Not integers, and not masks with infinities: -inf minus -inf is no number."""
-    return (tensor.is_floating_point() or tensor.is_complex()) and bool(tensor.isfinite().all())
+def _is_continuous(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A copy in float32 or wider."""
+    return tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)

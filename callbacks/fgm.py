@@ -24,8 +24,10 @@ class FGM(PerturbedPass):
     that is how it is used in practice. With accumulation, r is that of the whole optimiser step (so 4 batches of 8 equal one
     of 32), and under DDP that of all processes.
 
-    Logs, torchmetrics, buffers such as BatchNorm's statistics and the random stream do not see the second pass; what the
-    training step does besides, such as calling a logger itself, happens twice.
+    Logs, torchmetrics, buffers such as BatchNorm's statistics and the random streams do not see the second pass, in which dropout
+    draws other masks. What else the training step does, such as calling a logger itself, happens twice, and so do
+    `on_before_backward` and `on_after_backward` of the module and of other callbacks: change gradients in
+    `on_before_optimizer_step` instead. A training step must not change its batch in place.
 
     Cost: twice the forward and backward passes, a copy of the target weights, and with accumulation the batches of a step.
     Composes with every callback but `SAM`. Refuses manual optimisation, LBFGS, sparse gradients and sharding strategies.
@@ -60,9 +62,12 @@ class FGM(PerturbedPass):
                 raise ValueError(
                     f"target {target!r} is no regular expression ({error}): escape special characters by a backslash"
                 ) from error
-        super().__init__(epsilon, every_n_steps)
+        super().__init__(every_n_steps)
         self.epsilon = epsilon
         self.target = target
+
+    def radius(self) -> float:
+        return self.epsilon
 
     def targets(self, pl_module: LightningModule) -> list[nn.Parameter]:
         named = dict(pl_module.named_parameters())

@@ -17,8 +17,10 @@ class SAM(PerturbedPass):
     accumulation, e is that of the whole optimiser step, and under DDP that of all processes (the paper lets each
     accelerator perturb along its own gradient; here two processes equal one with the whole batch).
 
-    Logs, torchmetrics, buffers such as BatchNorm's statistics and the random stream do not see the second pass; what the
-    training step does besides, such as calling a logger itself, happens twice.
+    Logs, torchmetrics, buffers such as BatchNorm's statistics and the random streams do not see the second pass, in which dropout
+    draws other masks. What else the training step does, such as calling a logger itself, happens twice, and so do
+    `on_before_backward` and `on_after_backward` of the module and of other callbacks: change gradients in
+    `on_before_optimizer_step` instead. A training step must not change its batch in place.
 
     Cost: twice the forward and backward passes, two copies of the weights for the time of a step, and with accumulation
     the batches of a step. Composes with every callback but `FGM`. Refuses manual optimisation, LBFGS, sparse gradients and
@@ -44,5 +46,8 @@ class SAM(PerturbedPass):
     def __init__(self, rho: float = 0.05, every_n_steps: int = 1) -> None:
         if not (rho >= 0 and math.isfinite(rho)):
             raise ValueError(f"rho is the radius of the neighbourhood, and must be at least 0, got {rho}")
-        super().__init__(rho, every_n_steps)
+        super().__init__(every_n_steps)
         self.rho = rho
+
+    def radius(self) -> float:
+        return self.rho

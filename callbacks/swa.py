@@ -43,6 +43,7 @@ class SWA(AveragedWeights):
 
     Raises:
         ValueError: if a setting is out of range.
+        TypeError: if `reference_loader` can be gone through only once.
 
     Example:
         >>> trainer = Trainer(max_epochs=100, callbacks=[SWA(start=0.75)])
@@ -65,6 +66,8 @@ class SWA(AveragedWeights):
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
         if batch_norm_batches is not None and batch_norm_batches < 1:
             raise ValueError(f"batch_norm_batches must be at least 1, or None for all, got {batch_norm_batches}")
+        if isinstance(reference_loader, Iterator):
+            raise TypeError("reference_loader can be gone through once only: give a DataLoader or a list")
         super().__init__()
         self.start = start
         self.every_n_epochs = every_n_epochs
@@ -91,6 +94,13 @@ class SWA(AveragedWeights):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._note_modes(pl_module)
+        if not self._batch_norms(pl_module):
+            return
+        if type(pl_module).forward.__qualname__ in ("LightningModule.forward", "_forward_unimplemented"):
+            raise refuse(self, "needs a forward to estimate BatchNorm's statistics", "define forward(self, x), or use EMA")
+        has_own = self.reference_loader is not None or hasattr(trainer.datamodule, "eval_train_dataloader")  # type: ignore[attr-defined]
+        if not has_own and isinstance(trainer.train_dataloader, (dict, list, tuple)):
+            raise refuse(self, "cannot tell which of several training loaders has the inputs of forward", "give reference_loader")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stale:  # now, because within the next epoch a second pass could take over the loader's only iterator
@@ -110,7 +120,7 @@ class SWA(AveragedWeights):
         super().on_train_end(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "stale": self._stale}
+        return {"stale": self._stale, **super().state_dict()}
 
     def _restore(self, state: dict[str, Any]) -> None:
         super()._restore(state)
@@ -121,16 +131,16 @@ class SWA(AveragedWeights):
         if not self._updates or self._raw is not None:
             return
         super()._show_average(trainer, pl_module)
-        layers = [
-            module
-            for name, module in pl_module.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in self._eval
-        ]
+        layers = self._batch_norms(pl_module)
         if self._stale and layers:
+            batches = 0
             with _batch_norm_statistics(pl_module, layers, self._eval):
                 for batch in islice(self._batches(trainer, pl_module), self.batch_norm_batches):
+                    batches += 1
                     with trainer.precision_plugin.forward_context():
                         pl_module(batch[0] if isinstance(batch, (tuple, list)) else batch)
+            if not batches:
+                raise refuse(self, "got no batch to estimate BatchNorm's statistics", "give a reference_loader that has some each time")
             _mean_over_processes(trainer, layers)
             # Estimated once per average: keep them with it.
             statistics = {id(tensor) for layer in layers for tensor in (layer.running_mean, layer.running_var)}
@@ -138,6 +148,14 @@ class SWA(AveragedWeights):
                 if id(live) in statistics:
                     average.copy_(live)
         self._stale = False
+
+    def _batch_norms(self, pl_module: LightningModule) -> list[_BatchNorm]:
+        """The layers whose statistics the training estimates."""
+        return [
+            module
+            for name, module in pl_module.named_modules()
+            if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in self._eval
+        ]
 
     def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
         loader: Any = self.reference_loader

@@ -528,3 +528,102 @@ def test_two_averages_are_refused(other: Callback, tmp_path: Path) -> None:
     for order in ([EMA(), other], [other, EMA()]):
         with pytest.raises(MisconfigurationException, match=r"does not compose with .*each would validate and save an average of its own"):
             make_trainer(tmp_path, *order).fit(Net(), *loaders())
+
+
+# What the set-ups of strangers bring
+
+
+def test_a_tuner_may_save_and_load_before_the_fit(tmp_path: Path) -> None:
+    from lightning.pytorch.callbacks import LearningRateFinder
+
+    class Tuned(Net):
+        lr = 0.1
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    finder = LearningRateFinder(num_training_steps=5, update_attr=False)
+    model = Tuned()
+    make_trainer(tmp_path, EMA(0.9), finder, max_epochs=1, enable_checkpointing=True).fit(model, *loaders())
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_a_buffer_that_the_validation_sets_is_kept(tmp_path: Path) -> None:
+    class Threshold(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("threshold", torch.zeros(1))
+
+        def on_validation_epoch_end(self) -> None:
+            self.threshold.fill_(self.global_step)  # type: ignore[operator]
+
+    model = Threshold()
+    trainer = make_trainer(tmp_path, EMA(0.9))
+    trainer.fit(model, *loaders())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert float(model.threshold) == trainer.global_step  # type: ignore[arg-type]
+    assert float(torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]["threshold"]) == trainer.global_step
+
+
+def test_an_overridden_state_dict(tmp_path: Path) -> None:
+    class Partial(WithMomentum):
+        def state_dict(self) -> dict[str, Tensor]:  # type: ignore[override]
+            return {name: value.clone() for name, value in super().state_dict().items() if "first" not in name}
+
+    model, record = Partial(), Record()
+    trainer = make_trainer(tmp_path, EMA(0.9), record)
+    trainer.fit(model, *loaders())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    saved = torch.load(tmp_path / "end.ckpt", weights_only=True)["state_dict"]
+    assert same(saved, model.state_dict())
+    assert not torch.equal(saved["last.weight"], record.raw[-1]["last.weight"])
+
+
+def test_a_running_maximum_and_a_growing_buffer(tmp_path: Path) -> None:
+    class Observer(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("highest", torch.full((1,), -torch.inf))
+            self.register_buffer("bank", torch.zeros(0))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.highest = torch.maximum(self.highest, batch[0].max())
+            self.bank = torch.cat([self.bank, batch[0].mean().view(1)])
+            return super().training_step(batch, batch_idx)
+
+    model = Observer()
+    trainer = make_trainer(tmp_path, EMA(0.9), max_epochs=2)
+    trainer.fit(model, *loaders())
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    assert float(model.highest) == max(float(x.max()) for x, _ in batches(0))
+    assert len(model.bank) == 2 * BATCHES
+    resumed = Observer()
+    resumed.bank = torch.zeros(2 * BATCHES)
+    make_trainer(tmp_path, EMA(0.9)).fit(resumed, *loaders(), ckpt_path=tmp_path / "end.ckpt", weights_only=True)
+    assert len(resumed.bank) == 3 * BATCHES
+
+
+def test_weights_without_a_shape_are_refused(tmp_path: Path) -> None:
+    class Lazy(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.LazyLinear(8)  # type: ignore[assignment]
+
+    with pytest.raises(MisconfigurationException, match=r"cannot average first.weight, which has no shape yet: run a batch"):
+        make_trainer(tmp_path, EMA(0.9)).fit(Lazy(), *loaders())
+
+
+def test_after_an_exception_a_checkpoint_by_hand_still_holds_the_average(tmp_path: Path) -> None:
+    class Fails(WithMomentum):
+        def on_train_epoch_end(self) -> None:
+            if self.current_epoch == 1:
+                raise RuntimeError("on purpose")
+
+    model, record, callback = Fails(), Record(), EMA(0.9)
+    trainer = make_trainer(tmp_path, callback, record)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer.fit(model, *loaders())
+    assert same(clone(model), record.raw[-1])
+    assert not any(isinstance(tensor, nn.Parameter) for tensor in callback._live), "it keeps no module alive"
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    assert_close(torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"], averaged(record.raw, 0.9)[-1])

@@ -334,7 +334,10 @@ class CarelessFGM(PerturbedPass):
     replaces_gradient = False
 
     def __init__(self) -> None:
-        super().__init__(0.7, 1)
+        super().__init__(1)
+
+    def radius(self) -> float:
+        return 0.7
 
     def targets(self, pl_module: LightningModule) -> list[torch.nn.Parameter]:
         return [weight for name, weight in pl_module.named_parameters() if "first" in name]

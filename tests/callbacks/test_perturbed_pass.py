@@ -1,9 +1,10 @@
 """FGM and SAM: the second pass leaves no trace, and settings under which it would be wrong are refused. The matrix has the rest."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,56 @@ def test_the_second_pass_leaves_no_trace(make: Make, accumulate: int, tmp_path: 
     assert torch.equal(bare_rng, rng)
     assert "log" not in vars(model)
     assert "log_dict" not in vars(model)
+
+
+class Restless(Net):
+    """Replaces a buffer in every step, draws numpy's numbers, and takes its labels out of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("counter", torch.zeros(1))
+        self.drawn: list[float] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.counter = self.counter + 1
+        self.drawn.append(float(np.random.rand()))
+        return super().training_step((batch["x"], batch.pop("y")), batch_idx)
+
+
+class Mappings(Loader):
+    def __iter__(self) -> Iterator[Any]:
+        return ({"x": x, "y": y} for x, y in super().__iter__())
+
+
+@BOTH
+def test_replaced_buffers_numpy_and_emptied_batches(make: Make, tmp_path: Path) -> None:
+    drawn = []
+    for made in ([], [make()]):
+        np.random.seed(3)
+        model = Restless()
+        make_trainer(tmp_path, *made, max_epochs=1).fit(model, Mappings(batches(0)))
+        assert float(model.counter) == BATCHES
+        drawn.append(model.drawn[:: 1 + len(made)])
+    assert drawn[0] == drawn[1]
+
+
+@BOTH
+def test_small_gradients_in_half_precision(make: Make, tmp_path: Path) -> None:
+    class Small(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) * 1e-6
+
+    model = Small()
+    make_trainer(tmp_path, make(), precision="16-true").fit(model, Loader(batches(0)))
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+@BOTH
+def test_nothing_is_kept_after_an_exception(make: Make, tmp_path: Path) -> None:
+    callback: Any = make()
+    with pytest.raises(RuntimeError):
+        make_trainer(tmp_path, callback).fit(Fails(), Loader(batches(0)))
+    assert (callback._targets, callback._window, callback._arguments) == ([], [], ())
 
 
 @BOTH

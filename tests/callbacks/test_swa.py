@@ -391,15 +391,31 @@ def test_statistics_are_those_of_the_modes_of_the_training(tmp_path: Path) -> No
 
 
 def test_failing_pass_leaves_the_weights_of_the_training(tmp_path: Path) -> None:
-    def broken() -> Iterator[Any]:
-        yield batches(0)[0]
-        raise RuntimeError("disk is gone")
+    class Broken:
+        def __iter__(self) -> Iterator[Any]:
+            yield batches(0)[0]
+            raise RuntimeError("disk is gone")
 
     model, record = Net(norm=True), Record()
     with pytest.raises(RuntimeError, match="disk is gone"):
-        make_trainer(tmp_path, record, SWA(0, reference_loader=broken())).fit(model, *loaders())
+        make_trainer(tmp_path, record, SWA(0, reference_loader=Broken())).fit(model, *loaders())
     assert same(clone(model), record.raw[-1])
     assert model.norm[0].momentum == 0.1  # type: ignore[index]
+
+
+def test_loaders_and_modules_that_give_no_statistics(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="can be gone through once only"):
+        SWA(reference_loader=iter(batches(0)))
+    with pytest.raises(MisconfigurationException, match="got no batch to estimate"):
+        make_trainer(tmp_path, SWA(0, reference_loader=[])).fit(Net(norm=True), *loaders())
+    with pytest.raises(MisconfigurationException, match="cannot tell which of several training loaders"):
+        make_trainer(tmp_path, SWA(0)).fit(Net(norm=True), {"a": loaders()[0], "b": loaders()[0]})
+
+    class Silent(Net):
+        forward = LightningModule.forward
+
+    with pytest.raises(MisconfigurationException, match="needs a forward"):
+        make_trainer(tmp_path, SWA(0)).fit(Silent(norm=True), loaders()[0])
 
 
 # Going on
