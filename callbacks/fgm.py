@@ -52,7 +52,8 @@ class FGM(PerturbedPass):
 
     replaces_gradient: ClassVar[bool] = False
 
-    def __init__(self, epsilon: float, target: str | nn.Module | Callable[[str, nn.Parameter], bool], every_n_steps: int = 1) -> None:
+    # A module is callable, too; naming nn.Module here would make the command line's completion list all of torch.
+    def __init__(self, epsilon: float, target: str | Callable[[str, nn.Parameter], bool], every_n_steps: int = 1) -> None:
         if not (epsilon >= 0 and math.isfinite(epsilon)):
             raise ValueError(f"epsilon is the length of the perturbation, and must be at least 0, got {epsilon}")
         if isinstance(target, str):
