@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from litzoo.callbacks.snapshot_ensemble import SnapshotEnsemble
+from litzoo.callbacks import EMA, SnapshotEnsemble
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SAMPLES, BATCH, LR = 50, 8, 0.5
@@ -521,9 +521,6 @@ class TwoOptimizers(Plain):
 
 class FSDPStrategy(SingleDeviceStrategy):
     """Named as the one that shards."""
-
-
-class EMA(Callback): ...
 
 
 class BatchSizeFinder(Callback): ...
