@@ -1,5 +1,6 @@
 """Makes `litzoo fit --help` quick: what the help does not need is not imported."""
 
+import gc
 import importlib.metadata
 from typing import Any
 
@@ -14,6 +15,7 @@ def skip_optional_imports() -> None:
     """
     from lightning_utilities.core import imports as found
 
+    gc.disable()  # nothing is freed before the process ends
     imports: Any = found
     package_available = imports.package_available
 
