@@ -56,11 +56,11 @@ class Flooding(Callback):
         if not self.level:
             return
         # The loss is divided by the accumulation and scaled by the GradScaler already; scaling the level avoids reading the scale.
-        level = torch.full((), self.level / trainer.accumulate_grad_batches, device=loss.device)
+        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
+        level = torch.full_like(value, self.level / trainer.accumulate_grad_batches)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None:
             level = scaler.scale(level)
-        value = loss.detach().to(torch.promote_types(loss.dtype, torch.float32))
         if self.sync and trainer.world_size > 1:
             value = trainer.strategy.reduce(value.clone(), reduce_op="mean")
         if not self._checked:

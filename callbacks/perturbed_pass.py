@@ -46,7 +46,7 @@ class PerturbedPass(Callback):
 
     def radius(self) -> float:
         """Length of the perturbation; 0 switches it off."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define radius()")
 
     def targets(self, pl_module: LightningModule) -> list[nn.Parameter]:
         """The weights that are moved."""

@@ -110,6 +110,14 @@ def test_small_gradients_in_half_precision(make: Make, tmp_path: Path) -> None:
     assert all(value.isfinite().all() for value in model.state_dict().values())
 
 
+def test_the_radius_may_be_scheduled(tmp_path: Path) -> None:
+    for callback, name in ((FGM(0.5, "first"), "epsilon"), (SAM(0.5), "rho")):
+        setattr(callback, name, 0.0)
+        model = Net()
+        make_trainer(tmp_path, callback).fit(model, Loader(batches(0)))
+        assert model.steps == EPOCHS * BATCHES, "0 switches it off"
+
+
 @BOTH
 def test_nothing_is_kept_after_an_exception(make: Make, tmp_path: Path) -> None:
     callback: Any = make()
