@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,28 +15,26 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 
 from ..zoo.batch import Batch
 from ..zoo.functional.random import fold_in, random_order
+from .errors import DataError
+from .packing import map_images
+from .splits import SPLIT_NAMES, TEST, TRAIN, VAL
 
-TRAIN, VAL, TEST = 0, 1, 2
-SPLIT_NAMES = ("train", "val", "test")
 # Numbers that keep the streams of one seed apart.
-_ORDER, _SAMPLE = 1, 2
-
-
-class DataError(ValueError):
-    """A data file is missing, broken or of another layout; the message says which, where, and what to do."""
+_ORDER, _SAMPLE, _INTERLEAVE, _REPEAT = 1, 2, 6, 7
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """A data set in memory (or memory-mapped), all splits together.
+    """A data set in memory, or its input memory-mapped, all splits together.
 
     Attributes:
         input: `(M, ...)`, any dtype.
-        label: `(M,)` int64.
-        split: `(M,)` uint8: 0 = train, 1 = validation, 2 = test.
+        label: `(M,)` int64; -1 where it is unknown.
+        split: `(M,)` uint8: 0 = train, 1 = validation, 2 = test, 3 = unused.
         class_names: name of each class.
         part: `(M, N)` part labels of points, or None.
         part_names: name of each part; empty without parts.
+        mapped: the packed file that `input` is mapped from, or None. What a worker process is sent is its path, not the data.
     """
 
     input: Tensor
@@ -44,6 +43,17 @@ class Arrays:
     class_names: tuple[str, ...]
     part: Tensor | None = None
     part_names: tuple[str, ...] = ()
+    mapped: Path | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.mapped is not None:
+            del values["input"]
+        return _rebuild, (values,)
+
+
+def _rebuild(values: dict[str, Any]) -> Arrays:
+    return Arrays(**values) if "input" in values else Arrays(input=map_images(values["mapped"]), **values)
 
 
 class BatchSampler(DistributedSampler, SequentialSampler):
@@ -60,15 +70,37 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         seed: seed of the order.
         training: shuffle, and drop the incomplete last batch (if there is more than one batch).
         shuffle: False keeps the order of `indices` in training.
+        label: `(M,)` int64, the class of each index; given, an epoch of the same length draws every class equally often. A class
+            with too few samples repeats them, one with too many takes others in the next epoch. Then `(epoch, indices, repeats)` is
+            yielded, where a repeat is how often the sample came before in this epoch.
     """
 
-    def __init__(self, indices: Tensor, batch_size: int, seed: int, training: bool, shuffle: bool = True) -> None:
+    def __init__(
+        self, indices: Tensor, batch_size: int, seed: int, training: bool, shuffle: bool = True, label: Tensor | None = None
+    ) -> None:
         self.indices = indices
         self.batch_size = batch_size
         self.seed = seed
         self.training = training
         self.shuffle = shuffle and training
+        self.label = label if self.shuffle else None
         self.epoch = 0
+
+    def _balanced(self, order: Tensor) -> tuple[Tensor, Tensor]:
+        """Of a random order of positions, one in which every class has the same number of places, and the repeats."""
+        assert self.label is not None
+        label = self.label[order]
+        present = label.unique()
+        chosen, repeats = [], []
+        for number, cls in enumerate(present.tolist()):
+            members = order[label == cls]
+            # The classes that get one place more change from epoch to epoch.
+            places = len(order) // len(present) + int((number + self.epoch) % len(present) < len(order) % len(present))
+            place = torch.arange(places)
+            chosen.append(members[place % len(members)])
+            repeats.append(place // len(members))
+        mixed = random_order(fold_in(self.seed, _INTERLEAVE, self.epoch), len(order))
+        return torch.cat(chosen)[mixed], torch.cat(repeats)[mixed]
 
     def _world(self) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -82,17 +114,24 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         # At most one batch per sample of the process with the fewest, so that none gets an empty batch.
         return max(1, min(math.ceil(len(self.indices) / (self.batch_size * world)), len(self.indices) // world))
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:  # type: ignore[override]  # whole batches, not single indices
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:  # type: ignore[override]  # whole batches, not single indices
         rank, world = self._world()
         if len(self.indices) < world:
             raise DataError(f"{len(self.indices)} samples cannot be dealt out to {world} processes: use fewer processes")
         if self.training:
-            order = self.indices
+            order, repeats = torch.arange(len(self.indices)), None
             if self.shuffle:
-                order = order[random_order(fold_in(self.seed, _ORDER, self.epoch), len(order))]
+                order = random_order(fold_in(self.seed, _ORDER, self.epoch), len(order))
+            if self.label is not None:
+                order, repeats = self._balanced(order)
+            indices = self.indices[order]
             size = min(self.batch_size * world, len(order) - len(order) % world)
             for start in range(0, len(self) * size, size):
-                yield self.epoch, order[start + rank : start + size : world].tolist()
+                mine = slice(start + rank, start + size, world)
+                if repeats is None:
+                    yield self.epoch, indices[mine].tolist()
+                else:
+                    yield self.epoch, indices[mine].tolist(), repeats[mine].tolist()
         else:
             for batch in self.indices[rank::world].tensor_split(len(self)):
                 yield self.epoch, batch.tolist()
@@ -102,7 +141,7 @@ class BatchSampler(DistributedSampler, SequentialSampler):
 
 
 class ArrayDataset(Dataset[Batch]):
-    """Reads whole batches: the index is an `(epoch, indices)` of a `BatchSampler`.
+    """Reads whole batches: the index is what a `BatchSampler` yields.
 
     Args:
         arrays: the data.
@@ -116,15 +155,19 @@ class ArrayDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.arrays.label)
 
-    def __getitem__(self, item: tuple[int, list[int]]) -> Batch:
-        epoch, indices = item
+    def __getitem__(self, item: tuple[Any, ...]) -> Batch:
+        epoch, indices, *repeats = item
         index = torch.tensor(indices)
+        key = None if self.seed is None else fold_in(self.seed, _SAMPLE, epoch, index)
+        if key is not None and repeats:  # a sample that comes again in an epoch is augmented in another way
+            again = torch.tensor(repeats[0])
+            key = torch.where(again > 0, fold_in(key, _REPEAT, again), key)
         return Batch(
             input=self.arrays.input[index],
             label=self.arrays.label[index],
             index=index,
             part=None if self.arrays.part is None else self.arrays.part[index].long(),
-            key=None if self.seed is None else fold_in(self.seed, _SAMPLE, epoch, index),
+            key=key,
         )
 
 
@@ -193,6 +236,7 @@ class ArrayDataModule(LightningDataModule):
         num_workers: loader processes; 0 is the fastest for data in memory.
         seed: seed of order and augmentation; None takes that of `seed_everything`, or 0.
         shuffle: whether training shuffles.
+        balanced: whether every class comes equally often in a training epoch.
     """
 
     def __init__(
@@ -202,6 +246,7 @@ class ArrayDataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
         shuffle: bool = True,
+        balanced: bool = False,
     ) -> None:
         super().__init__()
         if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
@@ -211,6 +256,7 @@ class ArrayDataModule(LightningDataModule):
         self.num_workers = num_workers
         self._seed = seed
         self.shuffle = shuffle
+        self.balanced = balanced
 
     def read(self) -> Arrays:
         """Read the whole data set.
@@ -255,11 +301,12 @@ class ArrayDataModule(LightningDataModule):
 
     @property
     def class_counts(self) -> list[int]:
-        """Training samples of each class."""
-        return torch.bincount(self.arrays.label[self.indices(TRAIN)], minlength=self.num_classes).tolist()
+        """Training samples of each class; those without a label are not counted."""
+        label = self.arrays.label[self.indices(TRAIN)]
+        return torch.bincount(label[label >= 0], minlength=self.num_classes).tolist()
 
     def indices(self, split: int) -> Tensor:
-        """Positions of the samples of a split (0 = train, 1 = validation, 2 = test), in ascending order."""
+        """Positions of the samples of a split (0 = train, 1 = validation, 2 = test, 3 = unused), in ascending order."""
         return (self.arrays.split == split).nonzero().squeeze(1)
 
     def transform(self, batch: Batch) -> Batch:
@@ -283,11 +330,13 @@ class ArrayDataModule(LightningDataModule):
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         if len(indices) == 0:
             raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty")
+        label = self.arrays.label[indices] if self.balanced and training else None
+        if label is not None and label.min() < 0:
+            raise DataError(f"{type(self).__name__}: balanced=True needs labels, but some training samples have none")
+        batch_size = self.batch_size if training else self.eval_batch_size
         return BatchLoader(
             ArrayDataset(self.arrays, self.seed if training else None),
-            BatchSampler(
-                indices, self.batch_size if training else self.eval_batch_size, self.seed, training, self.shuffle and not overfitting
-            ),
+            BatchSampler(indices, batch_size, self.seed, training, self.shuffle and not overfitting, label),
             num_workers=self.num_workers if training else 0,
             pin_memory=torch.cuda.is_available(),
         )

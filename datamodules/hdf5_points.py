@@ -1,8 +1,6 @@
 """Point clouds from one HDF5 file."""
 
 import os
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,49 +8,14 @@ from torch import Tensor
 from ..zoo.batch import Batch
 from ..zoo.functional.points import Normalization, normalize_points
 from ..zoo.functional.random import fold_in
-from .arrays import TEST, TRAIN, VAL, ArrayDataModule, Arrays, DataError
+from .arrays import ArrayDataModule, Arrays
 from .augment.points import PointAugmentation, subsample
+from .errors import DataError
+from .hdf5_reading import open_hdf5, resolve_path
+from .splits import stratified_split
 
-# Numbers that keep the streams of one seed apart.
-_SPLIT, _EVALUATION = 3, 4
-
-
-def stratified_split(label: Tensor, val_fraction: float, test_fraction: float, seed: int = 0) -> Tensor:
-    """Assign each sample to a split, at random within each class.
-
-    Of the n samples of a class, round(n * fraction) go to validation and to test; a class of at least three samples
-    keeps at least one for training.
-
-    Args:
-        label: `(M,)` int64.
-        val_fraction: share of validation samples, in [0, 1).
-        test_fraction: share of test samples, in [0, 1).
-        seed: seed of the assignment.
-
-    Returns:
-        `(M,)` uint8: 0 = train, 1 = validation, 2 = test.
-
-    Raises:
-        ValueError: if the fractions leave nothing for training.
-
-    Example:
-        >>> stratified_split(torch.zeros(10, dtype=torch.long), 0.2, 0.1).bincount()
-        tensor([7, 2, 1])
-    """
-    if min(val_fraction, test_fraction) < 0 or val_fraction + test_fraction >= 1:
-        raise ValueError(
-            f"val_fraction and test_fraction must be at least 0 and sum to less than 1, got {val_fraction} and {test_fraction}"
-        )
-    split = torch.zeros(len(label), dtype=torch.uint8)
-    position = fold_in(seed, _SPLIT, torch.arange(len(label)))
-    for cls in label.unique().tolist():
-        members = (label == cls).nonzero().squeeze(1)
-        members = members[position[members].argsort(stable=True)]
-        test = round(len(members) * test_fraction)
-        val = min(round(len(members) * val_fraction), max(len(members) - test - 1, 0))
-        split[members[:test]] = TEST
-        split[members[test : test + val]] = VAL
-    return split
+# Keeps the stream of evaluation subsets apart from the others of a seed.
+_EVALUATION = 4
 
 
 class HDF5PointsDataModule(ArrayDataModule):
@@ -104,7 +67,7 @@ class HDF5PointsDataModule(ArrayDataModule):
         for name, number in (("num_points", num_points), ("eval_points", eval_points)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, or null for all points; got {number}")
-        self.path = Path(os.path.expandvars(path)).expanduser()
+        self.path = resolve_path(path)
         self.num_points = num_points
         self.eval_points = eval_points
         self.normalization = normalization
@@ -114,52 +77,20 @@ class HDF5PointsDataModule(ArrayDataModule):
         self.split_seed = split_seed
 
     def read(self) -> Arrays:
-        import h5py
-
-        if not self.path.is_file():
-            raise DataError(f"there is no file {self.path}: give the HDF5 file of the clouds with --data.path")
-        try:
-            with h5py.File(self.path, "r") as file:
-                missing = [name for name in ("points", "label") if name not in file]
-                if missing:
-                    raise DataError(f"{self.path} has no data set {' and '.join(missing)}; it holds: {', '.join(file) or 'nothing'}")
-                points, label = self._numbers(file, "points"), self._whole(file, "label").long()
-                split = self._whole(file, "split") if "split" in file else None
-                names = self._texts(file, "class_names") if "class_names" in file else None
-                part = self._whole(file, "part") if "part" in file else None
-                part_names = self._texts(file, "part_names") if "part_names" in file else ()
-        except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew"
-            ) from error
-        self._check(points, label, split, names, part)
+        with open_hdf5(self.path, "clouds", "points", "label") as file:
+            points, label = file.numbers("points"), file.whole_numbers("label").long()
+            split = file.whole_numbers("split") if "split" in file else None
+            names = file.texts("class_names") if "class_names" in file else None
+            part = file.whole_numbers("part") if "part" in file else None
+            part_names = file.texts("part_names") if "part_names" in file else ()
+            self._check(points, label, split, part)
+            file.check_labels(label, split, names)
         if split is None or self.split_seed is not None:
             split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed or 0)
         names = names if names is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
         return Arrays(points, label, split.to(torch.uint8), names, part, part_names)
 
-    def _numbers(self, file: Any, name: str) -> Tensor:
-        kind = getattr(file[name], "dtype", None)
-        if kind is None or kind.kind not in "biuf" or kind.itemsize > 8:
-            raise DataError(f"{self.path}: {name} must be an array of numbers, it is {'a group' if kind is None else f'of type {kind}'}")
-        # Torch cannot index with the wider unsigned types.
-        native = "i8" if kind.kind == "u" and kind.itemsize > 1 else kind.newbyteorder("=")
-        return torch.from_numpy(file[name][...].astype(native, copy=False))
-
-    def _whole(self, file: Any, name: str) -> Tensor:
-        values = self._numbers(file, name)
-        if values.is_floating_point() and not torch.equal(values, values.long().to(values.dtype)):
-            raise DataError(f"{self.path}: {name} must hold whole numbers, it holds fractions or NaN")
-        return values
-
-    def _texts(self, file: Any, name: str) -> tuple[str, ...]:
-        import h5py
-
-        if not isinstance(file[name], h5py.Dataset) or h5py.check_string_dtype(file[name].dtype) is None or file[name].ndim != 1:
-            raise DataError(f"{self.path}: {name} must be a list of texts")
-        return tuple(file[name].asstr()[:])
-
-    def _check(self, points: Tensor, label: Tensor, split: Tensor | None, names: tuple[str, ...] | None, part: Tensor | None) -> None:
+    def _check(self, points: Tensor, label: Tensor, split: Tensor | None, part: Tensor | None) -> None:
         if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
             raise DataError(f"{self.path}: points must be floats of shape (M, N, 3), they are {points.dtype} {tuple(points.shape)}")
         for name, array, shape in (
@@ -172,11 +103,6 @@ class HDF5PointsDataModule(ArrayDataModule):
         bad = (~torch.isfinite(points).all(-1).all(-1)).nonzero().squeeze(1).tolist()
         if bad:
             raise DataError(f"{self.path}: {len(bad)} clouds hold NaN or infinite coordinates, the first at position {bad[0]}: remove them")
-        if label.min() < 0 or (names is not None and label.max() >= len(names)):
-            raise DataError(f"{self.path}: labels run from {label.min()} to {label.max()}, but there are {len(names or ())} class names")
-        foreign = [] if split is None else sorted(set(split.tolist()) - {TRAIN, VAL, TEST})
-        if foreign:
-            raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {foreign[0]}")
 
     def prepare(self, batch: Batch) -> Batch:
         points, part = normalize_points(batch.input.float(), self.normalization), batch.part

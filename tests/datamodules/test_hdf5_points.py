@@ -10,7 +10,7 @@ import torch
 
 from litzoo.datamodules import DataError, HDF5PointsDataModule, PointAugmentation
 from litzoo.datamodules.arrays import TEST, TRAIN, VAL
-from litzoo.datamodules.hdf5_points import stratified_split
+from litzoo.datamodules.splits import stratified_split
 
 PLAIN = PointAugmentation(scale=(1.0, 1.0), shift=0.0)
 

@@ -1,0 +1,102 @@
+"""Reading arrays out of an HDF5 file, with one clear sentence about whatever is wrong with it."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import DataError
+from .splits import TEST, TRAIN, VAL
+
+
+class HDF5Reader:
+    """An open HDF5 file whose arrays are checked as they are read; made by `open_hdf5`.
+
+    Args:
+        path: for the messages.
+        file: the open `h5py.File`.
+    """
+
+    def __init__(self, path: Path, file: Any) -> None:
+        self.path = path
+        self.file = file
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.file
+
+    def numbers(self, name: str) -> Tensor:
+        """A whole array of numbers, in the machine's byte order."""
+        kind = getattr(self.file[name], "dtype", None)
+        if kind is None or kind.kind not in "biuf" or kind.itemsize > 8:
+            raise DataError(f"{self.path}: {name} must be an array of numbers, it is {'a group' if kind is None else f'of type {kind}'}")
+        # Torch cannot index with the wider unsigned types.
+        native = "i8" if kind.kind == "u" and kind.itemsize > 1 else kind.newbyteorder("=")
+        return torch.from_numpy(self.file[name][...].astype(native, copy=False))
+
+    def whole_numbers(self, name: str) -> Tensor:
+        """A whole array of numbers without fractions."""
+        values = self.numbers(name)
+        if values.is_floating_point() and not torch.equal(values, values.long().to(values.dtype)):
+            raise DataError(f"{self.path}: {name} must hold whole numbers, it holds fractions or NaN")
+        return values
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """A list of texts."""
+        import h5py
+
+        array = self.file[name]
+        if not isinstance(array, h5py.Dataset) or h5py.check_string_dtype(array.dtype) is None or array.ndim != 1:
+            raise DataError(f"{self.path}: {name} must be a list of texts")
+        return tuple(array.asstr()[:])
+
+    def check_labels(self, label: Tensor, split: Tensor | None, names: tuple[str, ...] | None, lowest: int = 0) -> None:
+        """Refuse labels without a name, and splits that are none."""
+        if len(label) == 0:
+            raise DataError(f"{self.path} holds no sample")
+        if label.min() < lowest or (names is not None and label.max() >= len(names)):
+            raise DataError(f"{self.path}: labels run from {label.min()} to {label.max()}, but there are {len(names or ())} class names")
+        foreign = [] if split is None else sorted(set(split.tolist()) - {TRAIN, VAL, TEST})
+        if foreign:
+            raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {foreign[0]}")
+
+
+def resolve_path(path: str | os.PathLike[str]) -> Path:
+    """The path with `~` and environment variables filled in."""
+    return Path(os.path.expandvars(path)).expanduser()
+
+
+@contextmanager
+def open_hdf5(path: Path, content: str, *needed: str) -> Iterator[HDF5Reader]:
+    """Open an HDF5 file that must hold some arrays.
+
+    Args:
+        path: the file.
+        content: what it holds, for the message about a missing file.
+        needed: names of arrays.
+
+    Yields:
+        The reader.
+
+    Raises:
+        DataError: if the file is missing, broken or lacks an array.
+
+    Example:
+        >>> with open_hdf5(Path("shapes.h5"), "clouds", "points", "label") as reader:
+        ...     points = reader.numbers("points")
+    """
+    import h5py
+
+    if not path.is_file():
+        raise DataError(f"there is no file {path}: give the HDF5 file of the {content} with --data.path")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [name for name in needed if name not in file]
+            if missing:
+                raise DataError(f"{path} has no data set {' and '.join(missing)}; it holds: {', '.join(file) or 'nothing'}")
+            yield HDF5Reader(path, file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew") from error
