@@ -14,10 +14,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 
 from litzoo.callbacks import StepSeed
-from litzoo.datamodules import ArrayDataModule, FurnitureDataModule, HDF5PointsDataModule, PatientsDataModule, PointAugmentation
+from litzoo.datamodules import (
+    ArrayDataModule,
+    DigitsDataModule,
+    FurnitureDataModule,
+    HDF5ImagesDataModule,
+    HDF5PointsDataModule,
+    ImageFolderDataModule,
+    PatientsDataModule,
+    PointAugmentation,
+)
 from litzoo.zoo import Batch
 
 
@@ -46,6 +56,41 @@ def write_points(
             file["part"] = (cloud[..., 2] > 0).astype(np.uint8)
             file["part_names"] = ["below", "above"]
     return path
+
+
+def write_images(
+    path: Path,
+    images: int = 60,
+    shape: tuple[int, int, int] = (12, 12, 3),
+    classes: int = 4,
+    split: bool = True,
+    names: bool = True,
+    seed: int = 0,
+    **storage: Any,
+) -> Path:
+    """Fabricate a file of images: class c is brighter than class c - 1; in one contiguous block unless `storage` says otherwise."""
+    rng = np.random.default_rng(seed)
+    label = np.arange(images) % classes
+    image = rng.integers(0, 128, (images, *shape)) + (label * 127 // classes)[:, None, None, None]
+    with h5py.File(path, "w") as file:
+        file.create_dataset("image", data=image.astype(np.uint8), **storage)
+        file["label"] = label.astype(np.int64)
+        if split:
+            file["split"] = rng.permutation(np.r_[np.full(images * 3 // 4, 0), np.full(images // 10, 1), np.full(images, 2)][:images])
+        if names:
+            file["class_names"] = [f"class {cls}" for cls in range(classes)]
+    return path
+
+
+def write_folder(root: Path, images: int = 20, classes: tuple[str, ...] = ("cat", "dog", "eel"), seed: int = 0) -> Path:
+    """Fabricate a folder of colour PNGs of many sizes, so many of each class."""
+    rng = np.random.default_rng(seed)
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(images):
+            shape = (*rng.integers(10, 40, 2), 3)
+            Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / name / f"{number:02}.png")
+    return root
 
 
 @dataclass(frozen=True)
@@ -78,10 +123,27 @@ def _patients(folder: Path, **settings: Any) -> ArrayDataModule:
     return PatientsDataModule(**settings)
 
 
+def _images(folder: Path, **settings: Any) -> ArrayDataModule:
+    path = folder / "contract_images.h5"
+    if not path.exists():
+        write_images(path)
+    return HDF5ImagesDataModule(path, augmentation="simclr", views=2, **settings)
+
+
+def _folder(folder: Path, **settings: Any) -> ArrayDataModule:
+    root = folder / "contract_folder"
+    if not root.exists():
+        write_folder(root)
+    return ImageFolderDataModule(root, size=16, augmentation="supcon", **settings)
+
+
 CASES = {
     "hdf5_points": Case(_clouds, batch_size=8),
     "furniture": Case(lambda folder, **settings: FurnitureDataModule(num_points=64, **settings), batch_size=32),
     "patients": Case(_patients, batch_size=3000, augments=False, shuffles=False),
+    "digits": Case(lambda folder, **settings: DigitsDataModule(image_size=8, **settings), batch_size=200),
+    "hdf5_images": Case(_images, batch_size=8),
+    "image_folder": Case(_folder, batch_size=8),
 }
 
 
