@@ -8,6 +8,7 @@ if __name__ != "litzoo.zoo":
 
 # Name -> file that defines it. The models are also the allow-list of what a weights file may name.
 MODELS = {
+    "ImageClassifier": "image_classifier",
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
 }
@@ -16,15 +17,20 @@ _EXPORTS = {
     "Batch": "batch",
     "WarmupCosineLR": "optimization",
     "WeightsError": "pretrained",
+    "create_backbone": "backbones",
     "list_models": "pretrained",
     "load": "pretrained",
     "load_encoder": "pretrained",
+    "resolve_backbone": "backbones",
     "save": "pretrained",
 }
 __all__ = list(_EXPORTS)
 
 if TYPE_CHECKING:
+    from .backbones import create_backbone as create_backbone
+    from .backbones import resolve_backbone as resolve_backbone
     from .batch import Batch as Batch
+    from .image_classifier import ImageClassifier as ImageClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
     from .optimization import WarmupCosineLR as WarmupCosineLR
     from .pointnet import PointNetClassifier as PointNetClassifier

@@ -22,10 +22,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
+from .precision import native_precision
 from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, reserve_run, resume_point, run_of, shared_folder, version_of
 
 # What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
-LINKS = ("num_classes", "class_names", "class_counts", "num_train", "normalization")
+LINKS = (
+    *("num_classes", "class_names", "class_counts", "num_train"),
+    "normalization",  # of point clouds
+    *("in_channels", "image_size", "mean", "std"),  # of images
+)
 
 
 class _Parser(LightningArgumentParser):
@@ -168,6 +173,10 @@ class LitzooCLI(LightningCLI):
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
             self.model.hparams.pop(name, None)  # LightningCLI adds every link, the model could not be loaded with it
         trainer, run = self._get(self.config_init, "trainer"), None
+        if trainer.get("precision") is None and getattr(self.model, "prefers_bf16", False):
+            kwargs["precision"] = native_precision(str(trainer.get("accelerator")))
+            if kwargs["precision"] is not None:
+                print(f"litzoo: {kwargs['precision']}, which this processor computes in hardware; --trainer.precision 32-true for float32")
         if self.save_config_callback is not None:
             run = self._make_run()
             if trainer.get("logger") in (None, True):

@@ -1,0 +1,270 @@
+"""Supervised classification of images, by any encoder of `backbones.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from .backbones import create_backbone, resolve_backbone
+from .batch import input_and_label
+from .layers.classification_metrics import classification_metrics
+from .optimization import WarmupCosineLR, configure_optimizer
+
+
+class ImageClassifier(LightningModule):
+    """Image classifier: an encoder f and a linear layer, p(y | x) = softmax(W f(x) + b), fitted by the cross entropy.
+
+    Loss: mean_i -sum_c t_ic log p(c | x_i), with targets t_i = (1 - s) onehot(y_i) + s / C under label smoothing s. MixUp draws
+    a ~ Beta(mixup, mixup) per batch and trains on a x_i + (1 - a) x_j with target a t_i + (1 - a) t_j, x_j another image of the
+    batch; CutMix pastes a box of x_j that covers 1 - a of the image, a ~ Beta(cutmix, cutmix). With both, one of the two is
+    drawn per batch.
+
+    Batches are `Batch` or `(images, label)`, images `(B, C, H, W)` float; a training batch may hold views `(B, V, C, H, W)`, which
+    all count as images of their own. Logs loss and accuracy of training, and of validation and test also mean class
+    accuracy, MCC and calibration error, each over the whole epoch. Under MixUp and CutMix, training accuracy counts a mixed
+    image as right if the prediction is the label of x_i, the image that it was made from first; it is then no measure of fit.
+
+    Args:
+        num_classes: C.
+        class_names: name of each class; kept with the weights.
+        backbone: the encoder: a name or a mapping, see `resolve_backbone`.
+        in_channels: channels of the images.
+        image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
+        mean: mean of each channel, by which images were normalised before they get here; `predict` applies it to raw images.
+        std: standard deviation of each channel, likewise.
+        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        label_smoothing: s, in [0, 1].
+        mixup: parameter of MixUp's Beta distribution; 0 is off.
+        cutmix: parameter of CutMix's Beta distribution; 0 is off.
+        dropout: dropout before the linear layer, in [0, 1].
+        optimizer: parameters -> optimizer.
+        lr_scheduler: optimizer -> scheduler, or None.
+
+    Raises:
+        ValueError: if a setting is out of range, a list has another length than it must, or there is no such encoder.
+
+    Example:
+        >>> model = ImageClassifier(num_classes=10, backbone="resnet18", image_size=32)
+        >>> model.eval()(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    Source:
+        Zhang et al., "mixup: Beyond Empirical Risk Minimization", ICLR 2018; Yun et al., "CutMix: Regularization Strategy
+        to Train Strong Classifiers with Localizable Features", ICCV 2019; Szegedy et al., "Rethinking the Inception
+        Architecture for Computer Vision", CVPR 2016, section 7 (label smoothing).
+    """
+
+    input_kind = "images"  # what `litzoo predict` reads for it
+    prefers_bf16 = True  # convolutions dominate: the command line takes bf16-mixed where the processor gains by it
+
+    def __init__(
+        self,
+        num_classes: int,
+        class_names: list[str] | None = None,
+        backbone: str | dict[str, Any] = "resnet18",
+        in_channels: int = 3,
+        image_size: int | None = 32,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        pretrained: bool = False,
+        label_smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
+        lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
+    ) -> None:
+        super().__init__()
+        _check_settings(num_classes, class_names, in_channels, mean, std, label_smoothing, mixup, cutmix, dropout)
+        if isinstance(backbone, Mapping):
+            _check_agreement(backbone, in_channels, image_size)
+        description = resolve_backbone(backbone, in_channels, image_size)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "pretrained"])
+        # Resolved, and without pretrained, so that a checkpoint loads anywhere, offline.
+        self.save_hyperparameters({"backbone": description, "pretrained": False})
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.num_classes = num_classes
+        self.class_names = class_names or [str(cls) for cls in range(num_classes)]
+        self.in_channels = in_channels
+        self.image_size = image_size
+        self.mean = mean
+        self.std = std
+        self.label_smoothing = label_smoothing
+        self.mixup = mixup
+        self.cutmix = cutmix
+
+        self.backbone = create_backbone(description, pretrained)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(int(self.backbone.num_features), num_classes)  # type: ignore[arg-type]
+
+        self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.val_metrics = classification_metrics(num_classes, "val/")
+        self.test_metrics = classification_metrics(num_classes, "test/")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> logits `(B, num_classes)`."""
+        return self.head(self.dropout(self.encode(images)))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> features `(B, D)`, before dropout and the linear layer."""
+        if images.dim() != 4 or images.shape[1] != self.in_channels:
+            raise ValueError(f"the model takes images of shape (batch, {self.in_channels}, height, width), got {tuple(images.shape)}")
+        # The layout, not the shape: convolutions then run faster, and the layers keep it.
+        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+
+    @torch.no_grad()
+    def predict(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Class probabilities of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+
+        Where the size is not `image_size`, the shorter edge is resized to it with antialiasing and the centre is cut out. One
+        channel becomes three by repetition, three become one by luma.
+
+        Args:
+            images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
+
+        Returns:
+            `(B, num_classes)` float32 probabilities, on the model's device.
+
+        Raises:
+            ValueError: if an image has another shape, type or range, or there is none.
+
+        Example:
+            >>> model.predict(torchvision.io.decode_image("cat.png")).argmax()
+        """
+        groups = [self._prepare(group) for group in ([images] if isinstance(images, Tensor) else images)]
+        if not groups:
+            raise ValueError("there are no images to predict")
+        if len({group.shape[1:] for group in groups}) == 1:
+            groups = [torch.cat(groups)]
+        was_training = self.training
+        self.eval()
+        try:
+            logits = [self(group) for group in groups]
+        finally:
+            self.train(was_training)
+        return torch.cat(logits).float().softmax(dim=1)
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """One raw image or a batch of them -> `(B, C, H, W)` as the encoder takes them."""
+        from torchvision.transforms.v2 import functional as vision
+
+        images = images.unsqueeze(0) if images.dim() == 3 else images
+        if images.dim() != 4 or images.shape[1] not in {1, 3, self.in_channels} or 0 in images.shape:
+            raise ValueError(f"predict takes images of shape (channels, height, width) or a batch of them, got {tuple(images.shape)}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"predict takes images in uint8, or in float from 0 to 1, got {images.dtype}")
+        if images.is_floating_point() and not bool(((images >= 0) & (images <= 1)).all()):
+            raise ValueError("predict takes float images from 0 to 1, but these go beyond: divide them by 255, or give uint8")
+        images = vision.to_dtype(images.to(self.device), torch.float32, scale=True)
+        if images.shape[1] != self.in_channels:
+            if self.in_channels not in (1, 3):
+                raise ValueError(f"the model takes images of {self.in_channels} channels, got {images.shape[1]}")
+            images = vision.rgb_to_grayscale(images) if self.in_channels == 1 else images.expand(-1, 3, -1, -1)
+        if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
+            images = vision.center_crop(vision.resize(images, [self.image_size], antialias=True), [self.image_size])
+        if self.mean is not None and self.std is not None:
+            images = vision.normalize(images, self.mean, self.std)
+        return images
+
+    def _mix(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        """Images and their targets after MixUp or CutMix: labels `(B,)`, or probabilities `(B, num_classes)`."""
+        if not (self.mixup or self.cutmix):
+            return images, label
+        from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
+
+        choices: list[nn.Module] = []
+        if self.mixup:
+            choices.append(MixUp(alpha=self.mixup, num_classes=self.num_classes))
+        if self.cutmix:
+            choices.append(CutMix(alpha=self.cutmix, num_classes=self.num_classes))
+        return RandomChoice(choices)(images, label)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images, label = input_and_label(batch)
+        if images.dim() == 5:
+            # First views first, so that mixing pairs an image with another one and not with its own second view.
+            label = label.repeat(images.shape[1])
+            images = images.transpose(0, 1).flatten(0, 1)
+        images, target = self._mix(images, label)
+        logits = self(images)
+        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        self.train_accuracy.update(logits.detach(), label)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
+        return loss
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
+        images, label = input_and_label(batch)
+        logits = self(images)
+        metrics = self.val_metrics if stage == "val" else self.test_metrics
+        metrics.update(logits, label)
+        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
+        return {"logits": logits, "label": label}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        values = self.val_metrics.compute()
+        self.log("val/accuracy", values.pop("val/accuracy"), prog_bar=True)
+        self.log_dict(values)
+        self.val_metrics.reset()
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Probabilities `(B, num_classes)`; the images of a DataModule are normalised already."""
+        images = batch if isinstance(batch, Tensor) else input_and_label(batch)[0]
+        return self(images).float().softmax(dim=1)
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def _check_settings(
+    num_classes: int,
+    class_names: list[str] | None,
+    in_channels: int,
+    mean: list[float] | None,
+    std: list[float] | None,
+    label_smoothing: float,
+    mixup: float,
+    cutmix: float,
+    dropout: float,
+) -> None:
+    if num_classes < 2:
+        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"class_names has {len(class_names)} entries, but num_classes is {num_classes}")
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std go together: give both or neither")
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != in_channels:
+            raise ValueError(f"{name} has {len(values)} entries, but in_channels is {in_channels}")
+    if std is not None and min(std) <= 0:
+        raise ValueError(f"std must be positive, got {std}")
+    for name, value, high in (
+        ("label_smoothing", label_smoothing, 1.0),
+        ("dropout", dropout, 1.0),
+        ("mixup", mixup, 100.0),
+        ("cutmix", cutmix, 100.0),
+    ):
+        if not 0 <= value <= high:
+            raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
+
+
+def _check_agreement(backbone: Mapping[str, Any], in_channels: int, image_size: int | None) -> None:
+    for name, value in (("in_channels", in_channels), ("image_size", image_size)):
+        if backbone.get(name, value) != value:
+            raise ValueError(f"{name} is {value}, but that of the backbone is {backbone[name]}: set both alike")
