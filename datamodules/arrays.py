@@ -323,7 +323,11 @@ class ArrayDataModule(LightningDataModule):
             return batch if batch.key is None else self.augment(batch)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        return self.transform(batch) if isinstance(batch, Batch) else batch
+        if not isinstance(batch, Batch):
+            return batch
+        batch = self.transform(batch)
+        # Lightning converts inputs before this hook, when they may still be integers: for "bf16-true" and "64-true" once more.
+        return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
     def _loader(self, split: int, training: bool) -> BatchLoader:
         indices = self.indices(split)

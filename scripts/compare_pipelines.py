@@ -23,6 +23,7 @@ from litzoo.callbacks import StepSeed
 from litzoo.datamodules import HDF5ImagesDataModule, ImageAugmentation
 from litzoo.datamodules.augment.images import PRESETS
 from litzoo.zoo import Batch, ImageClassifier
+from litzoo.zoo.cli.training import keep_freed_memory
 
 
 def torchvision_recipe(augment: ImageAugmentation, size: int) -> Any:
@@ -87,6 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.seeds < 2:
         parser.error("--seeds must be at least 2, or there is no noise to compare with")
     warnings.filterwarnings("ignore")
+    keep_freed_memory()
     torch.set_num_threads(arguments.threads)
     accuracy: dict[str, list[float]] = {"litzoo, by the batch": [], "torchvision, by the image": []}
     print(f"{'pipeline':<28} {'seed':>4} {'test accuracy':>14} {'minutes':>8}")

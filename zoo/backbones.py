@@ -114,7 +114,7 @@ def create_backbone(description: str | Mapping[str, Any], pretrained: bool = Fal
         A module with the attribute `num_features`.
 
     Raises:
-        ValueError: if the description is wrong, timm cannot build it, or there are no pretrained weights.
+        ValueError: if the description is wrong, timm cannot build it, or pretrained weights do not exist or cannot be downloaded.
 
     Example:
         >>> encoder = create_backbone({"name": "resnet18", "stem": "small"})
@@ -143,6 +143,10 @@ def create_backbone(description: str | Mapping[str, Any], pretrained: bool = Fal
     except (TypeError, ValueError, AssertionError) as error:
         settings = ", ".join(f"{key}={value!r}" for key, value in extras.items()) or "its defaults"
         raise ValueError(f"timm cannot build the backbone {name!r} with {settings}: {error or type(error).__name__}") from error
+    except OSError as error:
+        raise ValueError(
+            f"the pretrained weights of {name!r} could not be downloaded: connect to the Hugging Face hub once, or set pretrained to false ({error})"
+        ) from error
     if stem == "small":
         _make_stem_small(network, *_STEMS[_timm_file(name)], keep_weights=pretrained)
     return TimmEncoder(network)

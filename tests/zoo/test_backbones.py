@@ -295,3 +295,12 @@ def test_mistakes(backbone: Any, message: str) -> None:
 def test_arguments_that_the_model_does_not_take() -> None:
     with pytest.raises(ValueError, match=r"timm cannot build the backbone 'resnet18' with patch_size=4: .*patch_size"):
         create_backbone({"name": "resnet18", "patch_size": 4})
+
+
+def test_no_network_for_pretrained_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: object, **kwargs: object) -> None:
+        raise FileNotFoundError("cannot find the requested files in the local cache")
+
+    monkeypatch.setattr("timm.create_model", offline)
+    with pytest.raises(ValueError, match="could not be downloaded: connect to the Hugging Face hub once"):
+        create_backbone("resnet18", pretrained=True)

@@ -63,6 +63,14 @@ def test_precision_that_somebody_says_holds(inside: Path, monkeypatch: pytest.Mo
     assert "bf16" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("bf16-true", torch.bfloat16), ("64-true", torch.float64)])
+@pytest.mark.parametrize("recipe", ["classifier_digits", "pointnet_furniture"])
+def test_true_precisions_reach_the_inputs(inside: Path, name: str, dtype: torch.dtype, recipe: str) -> None:
+    assert main(["fit", "--config", recipe, *FAST, "--trainer.max_epochs", "1", "--trainer.precision", name]) == 0
+    state = checkpoint(f"{recipe}/version_0")["state_dict"]
+    assert {value.dtype for key, value in state.items() if key.endswith("weight")} == {dtype}
+
+
 @pytest.mark.parametrize(
     ("flags", "native"),
     [("fpu avx512f avx512_bf16 sse", True), ("fpu amx_bf16 amx_tile", True), ("fpu avx2 avx512f", False), ("", False)],
