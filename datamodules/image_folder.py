@@ -18,17 +18,16 @@ from .errors import DataError
 from .hdf5_reading import resolve_path
 from .images import ImageDataModule
 from .packing import image_dataset, map_images, pack_once
+from .pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
 from .splits import TEST, TRAIN, UNUSED, VAL
 
 Fit = Literal["crop", "stretch"]
 
-_EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm"}
 _SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
 # Packed files of another version are made anew.
 _SOURCE = "litzoo image folder, version 1"
 # Decoded images that are held before they are written, in bytes.
 _BLOCK = 1 << 26
-_WHITE = (255, 255, 255, 255)
 
 
 class _Pictures:
@@ -51,7 +50,7 @@ class _Pictures:
         except OSError as error:
             raise DataError(f"{root} cannot be read: {error}") from error
         if not found:
-            raise DataError(f"{root} holds no images ({', '.join(sorted(kind[1:] for kind in _EXTENSIONS))})")
+            raise DataError(f"{root} holds no images ({', '.join(sorted(kind[1:] for kind in PICTURE_SUFFIXES))})")
         self.names = [name for name, _, _ in found]
         digest = hashlib.sha256()
         for entry in found:
@@ -96,7 +95,7 @@ def _scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
                 if entry.is_dir():
                     folders.append(name)
                     pending.append((entry.path, f"{name}/", (*above, here)))
-                elif os.path.splitext(entry.name)[1].lower() in _EXTENSIONS:
+                elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
                     try:
                         status = entry.stat()
                         images.append((name, status.st_size, status.st_mtime_ns))
@@ -126,23 +125,9 @@ def _decode(path: str, size: int, fit: Fit, color: bool) -> np.ndarray:
     Raises:
         Exception: of any kind that Pillow has for broken files.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    with Image.open(path) as opened:
-        # A JPEG may be decoded at a half, a quarter or an eighth, as long as there is plenty left to average.
-        opened.draft(None, (4 * size, 4 * size))
-        image = ImageOps.exif_transpose(opened)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range: store 8 or 16 bits")
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its pixels have more than 16 bits: store 8 or 16 bits")
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    elif image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, _WHITE), image)
-    image = image.convert("RGB" if color else "L")
+    image = decode_picture(path, color, enough=4 * size)  # plenty left to average
     width, height = image.size
     edge = min(width, height)
     left, top = (width - edge) / 2, (height - edge) / 2
@@ -157,7 +142,7 @@ def _writer(root: Path, pictures: _Pictures, size: int, fit: Fit, color: bool, s
         try:
             return _decode(os.path.join(root, name), size, fit, color)
         except Exception as error:  # noqa: BLE001  # Pillow has no common class for what is wrong with a file
-            return "no image" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__
+            return why_undecodable(error)
 
     def write(file: Any) -> None:
         import h5py

@@ -133,6 +133,8 @@ class PointNetClassifier(LightningModule):
         torch.Size([2, 16])
     """
 
+    input_kind = "points"  # what `litzoo predict` reads for it
+
     def __init__(
         self,
         num_classes: int,

@@ -58,6 +58,9 @@ def parser_sentence(message: str) -> str:
     unknown_class = re.search(r"Expected a dot import path string: (\S+)", message)
     if unknown_class:
         name, names = unknown_class[1], _class_names(option)
+        choices = re.search(r"Expected a typing\.Literal\[(.*?)\]", message)
+        if choices and not names:  # a setting that is a preset by name or a mapping, not a class
+            return f"{option}: expected one of {choices[1]}, or a mapping of settings, got {name}"
         return f"{option}: no class {name!r}" + (f"; {did_you_mean(name, names)}" if names else "; give its short name or its import path")
     unknown_option = re.search(r"Option '([^']+)' is not accepted", message)
     if unknown_option:
@@ -68,6 +71,8 @@ def parser_sentence(message: str) -> str:
         reason = re.sub(r"^-(\s+|$)", "", reason)
         if reason and not _NOISE.search(reason):
             reasons.append(reason)
+    # Of a preset's name or a mapping of settings, what is wrong with the settings says more.
+    reasons = [reason for reason in reasons if not reason.startswith("Expected a typing.Literal")] or reasons
     text = re.sub(r"\s+", " ", " ".join(reasons)).strip()
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
     text = (

@@ -1,4 +1,4 @@
-"""`litzoo predict`: point clouds in files or folders become classes with their probabilities."""
+"""`litzoo predict`: pictures or point clouds in files or folders become classes with their probabilities."""
 
 import argparse
 import csv
@@ -6,37 +6,108 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...datamodules.pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
 from ..pretrained import load, load_checkpoint
 from . import CommandError
 
-READABLE = (".npy", ".h5", ".hdf5")
+Kind = Literal["points", "images"]
+ARRAYS = (".npy", ".h5", ".hdf5")
+READABLE = {"points": ARRAYS, "images": (*PICTURE_SUFFIXES, *ARRAYS)}
+NOUN = {"points": "point clouds", "images": "pictures"}
+_CONTENT = {"points": "points", "images": "image"}
+_FORMS = {
+    "points": ".npy files of shape (points, 3) or (clouds, points, 3), HDF5 files with `points`",
+    "images": f"{', '.join(PICTURE_SUFFIXES)} files, .npy files of uint8 (height, width, channels) or (pictures, height, width, channels), "
+    "HDF5 files with `image`",
+}
+# Pixels of the pictures that are held at a time, whatever their number: photographs are large.
+_PIXELS = 1 << 25
 
 
-def _files(sources: list[Path]) -> list[Path]:
-    files: list[Path] = []
+class _Piece(NamedTuple):
+    """Some samples of one file: its path, the position of the first one in it, and what the model's `predict` takes."""
+
+    path: Path
+    start: int
+    samples: Tensor
+
+
+# Finding
+
+
+def _check_sources(sources: list[Path]) -> None:
+    """Refuse what can be refused before the model is loaded."""
     for source in sources:
         if source.is_dir():
-            found = sorted(path for path in source.rglob("*") if path.suffix.lower() in READABLE)
-            if not found:
-                raise CommandError(f"{source} holds no {', '.join(READABLE)} file")
-            files += found
-        elif not source.exists():
+            continue
+        if not source.exists():
             raise CommandError(f"there is no file or folder {source}")
-        elif source.suffix.lower() not in READABLE:
-            raise CommandError(f"{source}: clouds are read from {', '.join(READABLE)} files")
-        else:
+        if source.suffix.lower() not in READABLE["images"]:
+            raise CommandError(
+                f"{source}: pictures are read from {', '.join(PICTURE_SUFFIXES)} files, arrays from {', '.join(ARRAYS)} files"
+            )
+
+
+def _files(sources: list[Path], kind: Kind, model: str) -> list[Path]:
+    """The files to classify. A folder may hold both kinds, and what the model does not take is passed over; a named file is refused."""
+    files: list[Path] = []
+    for source in sources:
+        if not source.is_dir():
+            held = _held(source)
+            if held is not None and held != kind:
+                raise CommandError(f"{source} holds {NOUN[held]}, but {model} classifies {NOUN[kind]}: {_FORMS[kind]}")
             files.append(source)
+            continue
+        visible = (path for path in source.rglob("*") if not any(part.startswith(".") for part in path.relative_to(source).parts))
+        candidates = sorted(path for path in visible if path.suffix.lower() in READABLE[kind] and path.is_file())
+        found = [path for path in candidates if _held(path) in (kind, None)]
+        if not found:
+            raise CommandError(f"{source} holds no {', '.join(READABLE[kind])} file with {NOUN[kind]}, which {model} classifies")
+        files += found
     return files
 
 
-def _read(path: Path) -> np.ndarray:
+def _held(path: Path) -> Kind | None:
+    """What a file holds, without reading it whole; None if it cannot be told, so that reading it says what is wrong."""
+    if path.suffix.lower() in PICTURE_SUFFIXES:
+        return "images"
+    try:
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            if array.dtype == np.uint8 and array.ndim in (3, 4):
+                return "images"
+            return "points" if array.ndim in (2, 3) and array.shape[-1] == 3 else None
+        import h5py
+
+        with h5py.File(path, "r") as file:
+            held: list[Kind] = [kind for kind in NOUN if _CONTENT[kind] in file]  # type: ignore[misc]
+            return held[0] if len(held) == 1 else None
+    except (ValueError, OSError, EOFError):
+        return None
+
+
+# Reading
+
+
+def _unreadable(path: Path, error: Exception) -> CommandError:
+    return CommandError(f"{path} cannot be read, it may be truncated or of another format ({error})")
+
+
+def _content(path: Path, file: Any, name: str) -> Any:
+    if name not in file:
+        raise CommandError(f"{path} has no data set `{name}`; it holds: {', '.join(file) or 'nothing'}")
+    return file[name]
+
+
+def _clouds(path: Path) -> np.ndarray:
     """The clouds `(M, N, 3)` of a file."""
     try:
         if path.suffix.lower() == ".npy":
@@ -45,11 +116,9 @@ def _read(path: Path) -> np.ndarray:
             import h5py
 
             with h5py.File(path, "r") as file:
-                if "points" not in file:
-                    raise CommandError(f"{path} has no data set `points`; it holds: {', '.join(file) or 'nothing'}")
-                points = file["points"][:]
+                points = _content(path, file, "points")[:]
     except (ValueError, OSError, EOFError) as error:
-        raise CommandError(f"{path} cannot be read, it may be truncated or of another format ({error})") from error
+        raise _unreadable(path, error) from error
     clouds = points[None] if points.ndim == 2 else points
     if clouds.ndim != 3 or clouds.shape[-1] != 3 or clouds.shape[1] == 0 or clouds.dtype.kind not in "fiu":
         raise CommandError(
@@ -60,13 +129,102 @@ def _read(path: Path) -> np.ndarray:
     return clouds
 
 
-def _rows(path: Path, probabilities: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
+def _check_pixels(path: Path, array: Any) -> None:
+    shape: tuple[int, ...] = getattr(array, "shape", ())
+    if getattr(array, "dtype", None) != np.uint8 or len(shape) not in (3, 4) or shape[-1] not in (1, 3) or 0 in shape:
+        raise CommandError(
+            f"{path}: pictures in an array are uint8 of shape (height, width, channels), several have (pictures, height, width, channels), "
+            f"with 1 or 3 channels; this is {getattr(array, 'dtype', 'a group')} {shape}"
+        )
+
+
+def _array_pieces(path: Path, array: Any, batch_size: int) -> Iterator[_Piece]:
+    """Slices of an array of pictures that is still on the disk."""
+    if len(array.shape) == 3:
+        array = array[()][None]
+    size = max(1, min(batch_size, _PIXELS // int(np.prod(array.shape[1:3]))))
+    for start in range(0, len(array), size):
+        part = np.array(array[start : start + size])
+        yield _Piece(path, start, torch.from_numpy(part).permute(0, 3, 1, 2))
+
+
+def _picture_pieces(path: Path, batch_size: int) -> Iterator[_Piece]:
+    """The pictures of a .npy or HDF5 file, some at a time."""
+    try:
+        if path.suffix.lower() == ".npy":
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+            _check_pixels(path, array)
+            yield from _array_pieces(path, array, batch_size)
+        else:
+            import h5py
+
+            with h5py.File(path, "r") as file:
+                images = _content(path, file, "image")
+                _check_pixels(path, images)
+                yield from _array_pieces(path, images, batch_size)
+    except (ValueError, OSError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+# Classifying
+
+
+def _rows(piece: _Piece, probabilities: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
     confidence, classes = probabilities.topk(min(top, len(names)), dim=1)
     rows = []
     for position, (values, ids) in enumerate(zip(confidence.tolist(), classes.tolist(), strict=True)):
         ranked = [{"class": names[cls], "confidence": round(value, 6)} for cls, value in zip(ids, values, strict=True)]
-        rows.append({"file": str(path), "index": position, "predictions": ranked})
+        rows.append({"file": str(piece.path), "index": piece.start + position, "predictions": ranked})
     return rows
+
+
+def _classify_clouds(model: Any, files: list[Path], batch_size: int, top: int) -> list[dict[str, Any]]:
+    rows = []
+    for path, clouds in [(path, _clouds(path)) for path in files]:  # all are read first, so that a broken file costs no work
+        for number, part in enumerate(torch.from_numpy(clouds.astype(np.float32)).split(batch_size)):
+            rows += _rows(_Piece(path, number * batch_size, part), model.predict(part), model.class_names, top)
+    return rows
+
+
+def _classify_pictures(model: Any, files: list[Path], batch_size: int, top: int) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """The rows in the order of the files, and the pictures that cannot be decoded with the reasons."""
+    rows: list[dict[str, Any]] = []
+    waiting: list[_Piece] = []
+    corrupt: dict[Path, str] = {}
+
+    def classify_waiting() -> None:
+        if waiting:
+            probabilities = model.predict([piece.samples for piece in waiting])
+            for piece, row in zip(waiting, probabilities.split(1), strict=True):
+                rows.extend(_rows(piece, row, model.class_names, top))
+            waiting.clear()
+
+    for path in files:
+        if path.suffix.lower() in ARRAYS:
+            next(_picture_pieces(path, 1))  # refused before any work is done
+    pixels = 0
+    for path in files:
+        if path.suffix.lower() in PICTURE_SUFFIXES:
+            try:
+                picture = torch.from_numpy(np.array(decode_picture(path))).permute(2, 0, 1)
+            except Exception as error:  # noqa: BLE001  # Pillow has no common class for what is wrong with a file
+                corrupt[path] = why_undecodable(error)
+                continue
+            pixels += picture[0].numel()
+            if len(waiting) == batch_size or pixels > _PIXELS:
+                classify_waiting()
+                pixels = picture[0].numel()
+            waiting.append(_Piece(path, 0, picture))
+        else:
+            classify_waiting()
+            pixels = 0
+            for piece in _picture_pieces(path, batch_size):
+                rows += _rows(piece, model.predict(piece.samples), model.class_names, top)
+    classify_waiting()
+    return rows, corrupt
+
+
+# Writing
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -80,14 +238,53 @@ def _table(rows: list[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
+def _write(rows: list[dict[str, Any]], output: Path | None, noun: str) -> None:
+    text = json.dumps(rows, indent=1) + "\n" if output is not None and output.suffix.lower() == ".json" else _table(rows)
+    text = text.encode("utf-8", "backslashreplace").decode()  # file names need not be text
+    if output is None:
+        sys.stdout.write(text)
+        return
+    temporary = output.with_name(f".{output.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(output)
+    print(f"{len(rows)} {noun}: {output}")
+
+
+def _complaint(corrupt: dict[Path, str], number: int, rows: int) -> str:
+    first = ", ".join(f"{path} ({reason})" for path, reason in list(corrupt.items())[:5])
+    more = f" and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
+    rest = "; the others are classified" if rows else ""
+    return f"{len(corrupt)} of {number} files cannot be decoded: {first}{more}{rest}"
+
+
 def predict(argv: list[str]) -> int:
-    """Classify point clouds: .npy files of shape (points, 3) or (clouds, points, 3), .h5 files with `points`, or folders of them."""
-    parser = argparse.ArgumentParser(prog="litzoo predict", description=predict.__doc__)
-    parser.add_argument("sources", metavar="SOURCE", nargs="+", type=Path, help="files or folders")
+    """Classify pictures or point clouds, whichever the model was made for.
+
+    Args:
+        argv: the options and sources: picture files, .npy files of uint8 (height, width, channels) or (pictures, height, width,
+            channels) or of clouds (points, 3) or (clouds, points, 3), HDF5 files with `image` or `points`, and folders of these.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        CommandError: if a source is missing, broken or of the other kind, or the model does not classify. Pictures that cannot be
+            decoded are named after the others have been classified and written.
+
+    Example:
+        >>> predict(["photos", "--model", "photos.safetensors", "--output", "classes.csv"])
+        0
+    """
+    parser = argparse.ArgumentParser(
+        prog="litzoo predict",
+        description="Classify pictures or point clouds, whichever the model was made for. "
+        f"Pictures: {_FORMS['images']}. Clouds: {_FORMS['points']}.",
+    )
+    parser.add_argument("sources", metavar="SOURCE", nargs="+", type=Path, help="files or folders, which are searched for both")
     parser.add_argument("--model", required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt or hf-hub:owner/repo")
-    parser.add_argument("--top", type=int, default=5, help="classes to name for each cloud (default: 5)")
+    parser.add_argument("--top", type=int, default=5, help="classes to name for each picture or cloud (default: 5)")
     parser.add_argument("--output", type=Path, help="a .csv or .json file; by default CSV goes to the terminal")
-    parser.add_argument("--batch-size", type=int, default=32, help="clouds at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures or clouds at a time (default: 32)")
     arguments = parser.parse_args(argv)
     if arguments.top < 1 or arguments.batch_size < 1:
         raise CommandError("--top and --batch-size must be at least 1")
@@ -97,22 +294,19 @@ def predict(argv: list[str]) -> int:
     if output is not None and not output.absolute().parent.is_dir():
         raise CommandError(f"--output {output}: there is no folder {output.absolute().parent}")
 
-    files = _files(arguments.sources)
-    clouds = [(path, _read(path)) for path in files]
+    _check_sources(arguments.sources)
     model: Any = load_checkpoint(arguments.model) if arguments.model.endswith(".ckpt") else load(arguments.model)
-    if not hasattr(model, "predict") or not hasattr(model, "class_names"):
-        raise CommandError(f"{arguments.model} is a {type(model).__name__}, which does not classify point clouds")
-    rows: list[dict[str, Any]] = []
-    for path, points in clouds:
-        parts = torch.from_numpy(points.astype(np.float32)).split(arguments.batch_size)
-        rows += _rows(path, torch.cat([model.predict(part) for part in parts]), model.class_names, arguments.top)
-
-    text = json.dumps(rows, indent=1) + "\n" if output is not None and output.suffix.lower() == ".json" else _table(rows)
-    if output is None:
-        sys.stdout.write(text)
+    kind: Kind | None = getattr(model, "input_kind", None)
+    if kind not in READABLE or not hasattr(model, "predict") or not hasattr(model, "class_names"):
+        raise CommandError(f"{arguments.model} is a {type(model).__name__}, which classifies neither pictures nor point clouds")
+    files = _files(arguments.sources, kind, arguments.model)
+    corrupt: dict[Path, str] = {}
+    if kind == "points":
+        rows = _classify_clouds(model, files, arguments.batch_size, arguments.top)
     else:
-        temporary = output.with_name(f".{output.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(output)
-        print(f"{len(rows)} clouds: {output}")
+        rows, corrupt = _classify_pictures(model, files, arguments.batch_size, arguments.top)
+    if rows:
+        _write(rows, output, "clouds" if kind == "points" else "pictures")
+    if corrupt:
+        raise CommandError(_complaint(corrupt, len(files), len(rows)))
     return 0

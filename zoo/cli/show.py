@@ -1,13 +1,28 @@
-"""`litzoo show`: pictures of data."""
+"""`litzoo show`: pictures of data and of what augmentation makes of them."""
 
+import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
 
-from . import CommandError, did_you_mean, recipe_path
+from . import CommandError, did_you_mean, recipe_names, recipe_path
 
-_SUBJECTS = ["data"]
+if TYPE_CHECKING:
+    from ...datamodules import ArrayDataModule
+
+_SUBJECTS = {
+    "data": "class frequencies, and a sheet of samples",
+    "views": "training samples beside what augmentation makes of them",
+}
+
+
+class _Parser(ArgumentParser):
+    # The parsers of nested classes end here too.
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise CommandError(message) from ex
 
 
 def _data_node(path: str) -> Any:
@@ -18,72 +33,204 @@ def _data_node(path: str) -> Any:
             recipe = yaml.safe_load(file)
         except yaml.YAMLError as error:
             raise CommandError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict) or "data" not in recipe:
+    if not isinstance(recipe, dict) or recipe.get("data") is None:
         raise CommandError(f"{path} has no `data`")
     return recipe["data"]
 
 
-def _show_data(arguments: list[str]) -> int:
-    from jsonargparse import ArgumentParser
+def _parser(subject: str) -> ArgumentParser:
+    """What every subject takes: which data, and where to put the pictures."""
     from lightning.pytorch import LightningDataModule
 
     from ... import datamodules
-    from ..functional.points import unit_sphere
-    from ..plots.class_frequencies import plot_class_frequencies
-    from ..plots.figures import save_figure
 
     for name in datamodules.DATAMODULES:
         getattr(datamodules, name)
-    parser = ArgumentParser(
-        prog="litzoo show data", description="Class frequencies, and a sheet of samples, as PNG files.", exit_on_error=False
-    )
+    sentence = _SUBJECTS[subject][0].upper() + _SUBJECTS[subject][1:]
+    parser = _Parser(prog=f"litzoo show {subject}", description=f"{sentence}, as PNG files.")
     parser.add_argument("-c", "--config", help="name or file of a recipe, of which only `data` is used")
     parser.add_subclass_arguments(LightningDataModule, "data", required=False)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the pictures")
-    parser.add_argument("--split", default="train", choices=["train", "val", "test"], help="which samples to draw")
-    parser.add_argument("--per_class", type=int, default=2, help="samples of each class on the sheet")
+    return parser
+
+
+def _parse(parser: ArgumentParser, arguments: list[str], subject: str) -> tuple[Any, "ArrayDataModule"]:
+    """The options and the data; a recipe's data are what the command line starts from."""
+    from ...datamodules import ArrayDataModule
+
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("-c", "--config")
+    try:
+        recipe = first.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise CommandError(f"--config needs the name of a recipe or a file; there are: {', '.join(recipe_names())}") from error
+    if recipe is not None:
+        parser.set_defaults(data=_data_node(recipe_path(recipe)))
     options = parser.parse_args(arguments)
-    if options.config is not None:
-        parser.set_defaults(data=_data_node(recipe_path(options.config)))
-        options = parser.parse_args(arguments)
     if options.data is None:
         raise CommandError("say which data: --config RECIPE or --data CLASS, such as --data FurnitureDataModule")
-    data: Any = parser.instantiate_classes(options).data
-    if not isinstance(data, datamodules.ArrayDataModule):
-        raise CommandError(f"litzoo show data draws the data sets of litzoo, not {type(data).__name__}")
+    data = parser.instantiate(options).data
+    if not isinstance(data, ArrayDataModule):
+        raise CommandError(f"litzoo show {subject} draws the data sets of litzoo, not {type(data).__name__}")
+    return options, data
 
-    counts = {
-        name: torch.bincount(data.arrays.label[data.indices(split)], minlength=data.num_classes).tolist()
-        for split, name in enumerate(("train", "val", "test"))
-    }
+
+def _at_least_one(options: Any, *names: str) -> None:
+    for name in names:
+        if options[name] < 1:
+            raise CommandError(f"--{name} must be at least 1, got {options[name]}")
+
+
+def _kind(data: "ArrayDataModule") -> str:
+    """What the samples are: "images", "clouds" or "numbers"."""
+    from ...datamodules import ImageDataModule
+
+    if isinstance(data, ImageDataModule):
+        return "images"
+    return "clouds" if data.arrays.input.dim() == 3 and data.arrays.input.shape[-1] == 3 else "numbers"
+
+
+def _spread(label: Tensor, number: int) -> Tensor:
+    """Positions of `number` samples, as equally many of each class as there are, first ones first, sorted by class."""
+    order = label.argsort(stable=True)
+    _, count = label[order].unique_consecutive(return_counts=True)
+    rank = torch.arange(len(label)) - (count.cumsum(0) - count).repeat_interleave(count)
+    chosen = order[rank.argsort(stable=True)[:number]]
+    return chosen[label[chosen].argsort(stable=True)]
+
+
+def _titles(data: "ArrayDataModule", samples: Tensor) -> list[str]:
+    return [data.class_names[cls] if cls >= 0 else "no label" for cls in data.arrays.label[samples].tolist()]
+
+
+def _pictures(images: Tensor) -> Any:
+    """Images `(..., C, H, W)` as arrays `(..., H, W, C)`."""
+    return images.movedim(-3, -1).numpy()
+
+
+def _show_data(arguments: list[str]) -> int:
+    from ..plots.class_frequencies import plot_class_frequencies
+    from ..plots.figures import save_figure
+
+    parser = _parser("data")
+    parser.add_argument("--split", default="train", choices=["train", "val", "test"], help="which samples to draw")
+    parser.add_argument("--per_class", type=int, default=2, help="samples of each class on the sheet")
+    options, data = _parse(parser, arguments, "data")
+    _at_least_one(options, "per_class")
+
+    labels = {name: data.arrays.label[data.indices(split)] for split, name in enumerate(("train", "val", "test"))}
+    counts = {name: torch.bincount(label[label >= 0], minlength=data.num_classes).tolist() for name, label in labels.items()}
+    without = sum(int((label < 0).sum()) for label in labels.values())
     options.output.mkdir(parents=True, exist_ok=True)
     frequencies = options.output / "class_frequencies.png"
     save_figure(plot_class_frequencies(counts, data.class_names), frequencies)
-    print(f"{sum(map(sum, counts.values()))} samples in {data.num_classes} classes: {frequencies}")
-    if data.arrays.input.dim() != 3:
+    unlabelled = f" and {without} without a label" if without else ""
+    print(f"{sum(map(sum, counts.values()))} samples in {data.num_classes} classes{unlabelled}: {frequencies}")
+    kind = _kind(data)
+    if kind == "numbers":
         return 0
 
-    from ..plots.point_clouds import plot_point_clouds
-
     members = data.indices(["train", "val", "test"].index(options.split))
-    labels = data.arrays.label[members]
-    chosen = torch.cat([members[labels == cls][: options.per_class] for cls in range(data.num_classes)])
+    label = data.arrays.label[members]
+    chosen = torch.cat([members[label == cls][: options.per_class] for cls in range(data.num_classes)])
     if len(chosen) == 0:
         raise CommandError(f"the {options.split} split is empty")
-    titles = [data.class_names[cls] for cls in data.arrays.label[chosen].tolist()]
-    sheet = options.output / "clouds.png"
-    save_figure(plot_point_clouds(unit_sphere(data.arrays.input[chosen].float()).numpy(), titles), sheet)
-    print(f"{len(chosen)} clouds of the {options.split} split: {sheet}")
+    sheet = options.output / f"{kind}.png"
+    if kind == "images":
+        from ..plots.images import plot_images
+
+        # Whole classes in a row, so that they stand below each other.
+        columns = options.per_class * max(1, round((1.7 * len(chosen)) ** 0.5 / options.per_class))
+        figure = plot_images(_pictures(data.arrays.input[chosen]), _titles(data, chosen), min(columns, len(chosen)))
+    else:
+        from ..functional.points import unit_sphere
+        from ..plots.point_clouds import plot_point_clouds
+
+        figure = plot_point_clouds(unit_sphere(data.arrays.input[chosen].float()).numpy(), _titles(data, chosen))
+    save_figure(figure, sheet)
+    print(f"{len(chosen)} {kind} of the {options.split} split: {sheet}")
+    return 0
+
+
+def _image_views(data: Any, samples: Tensor, epoch: int, views: int) -> Any:
+    """The figure of stored images and the first `views` views that a training epoch makes of each."""
+    from ..plots.images import plot_views
+
+    batch = data.train_dataloader().dataset[epoch, samples.tolist()]
+    # A view depends on its number alone, so the first ones are those of training, however many it takes.
+    data.views = views
+    images = data.transform(batch).input.view(len(samples), views, data.in_channels, data.image_size, data.image_size)
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    return plot_views(_pictures(batch.input), _pictures((images * std + mean).clamp(0, 1)), _titles(data, samples))
+
+
+def _cloud_views(data: "ArrayDataModule", samples: Tensor, epoch: int, views: int) -> Any:
+    """The figure of stored clouds and of what `views` epochs make of each."""
+    from ..functional.points import unit_sphere
+    from ..plots.figures import shorten
+    from ..plots.point_clouds import plot_point_clouds
+
+    dataset = data.train_dataloader().dataset
+    epochs = range(epoch, epoch + views)
+    stored = list(unit_sphere(data.arrays.input[samples].float()).numpy())
+    made = [data.transform(dataset[number, samples.tolist()]).input.numpy() for number in epochs]
+    clouds, titles = [], []
+    for place, name in enumerate(_titles(data, samples)):
+        clouds += [stored[place], *(epoch_clouds[place] for epoch_clouds in made)]
+        titles += [shorten(name, 20), *(f"epoch {number}" for number in epochs)]
+    return plot_point_clouds(clouds, titles, columns=views + 1)
+
+
+def _show_views(arguments: list[str]) -> int:
+    from ..plots.figures import save_figure
+
+    parser = _parser("views")
+    parser.add_argument("--samples", type=int, default=8, help="training samples to draw, of as many classes as possible")
+    parser.add_argument("--views", type=int, default=6, help="views of each image; of each cloud, the epochs, which make one each")
+    parser.add_argument("--epoch", type=int, default=0, help="the training epoch whose views are drawn, from 0; of clouds, the first one")
+    options, data = _parse(parser, arguments, "views")
+    _at_least_one(options, "samples", "views")
+    if options.epoch < 0:
+        raise CommandError(f"--epoch must be at least 0, got {options.epoch}")
+    kind = _kind(data)
+    if kind == "numbers":
+        raise CommandError(
+            f"litzoo show views draws images and point clouds, but a sample of {type(data).__name__} is "
+            f"{tuple(data.arrays.input.shape[1:])} numbers, which are not augmented"
+        )
+    members = data.indices(0)
+    samples = members[_spread(data.arrays.label[members], options.samples)]
+    draw = _image_views if kind == "images" else _cloud_views
+    path = options.output / "views.png"
+    save_figure(draw(data, samples, options.epoch, options.views), path)
+    last = options.epoch + (options.views - 1 if kind == "clouds" else 0)
+    when = f"epoch {last}" if last == options.epoch else f"epochs {options.epoch} to {last}"
+    print(f"{len(samples)} {kind} of the train split, {options.views} augmented of each, as in {when}: {path}")
     return 0
 
 
 def show(arguments: list[str]) -> int:
-    """Draw what the first argument names."""
+    """Draw what the first argument names: `data` or `views`.
+
+    Args:
+        arguments: the subject and its options.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        CommandError: if there is no such subject, or no data to draw it from.
+
+    Example:
+        >>> show(["data", "--data", "DigitsDataModule", "--output", "pictures"])
+        0
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
+        lines = [f"  litzoo show {subject:<5} --config RECIPE   {text}" for subject, text in _SUBJECTS.items()]
         print(
-            f"usage: litzoo show {{{','.join(_SUBJECTS)}}} ...\n\nlitzoo show data --config RECIPE: class frequencies and a sheet of samples"
+            "\n".join([f"usage: litzoo show {{{','.join(_SUBJECTS)}}} ...", "", *lines, "", "litzoo show SUBJECT --help tells the options"])
         )
         return 0
     if arguments[0] not in _SUBJECTS:
-        raise CommandError(f"litzoo show {arguments[0]}: {did_you_mean(arguments[0], _SUBJECTS)}")
-    return _show_data(arguments[1:])
+        raise CommandError(f"litzoo show {arguments[0]}: {did_you_mean(arguments[0], list(_SUBJECTS))}")
+    return (_show_data if arguments[0] == "data" else _show_views)(arguments[1:])
