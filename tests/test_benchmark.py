@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,9 @@ def script() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(SCRIPT.parent)  # as Python does for a script that it runs
+        spec.loader.exec_module(module)
     return module
 
 
@@ -43,6 +47,14 @@ def test_rounds_are_interleaved_in_rotating_order(script: ModuleType) -> None:
     seconds = script.interleave(runs, rounds=3, calls=1, clock=lambda: float(next(ticks)))
     assert "".join(seen) == "cab" + "abc" + "bca" + "cab"  # the first three are the round that does not count
     assert seconds == {name: [1.0, 1.0, 1.0] for name in "abc"}
+
+
+def test_a_cold_measurement_counts_the_first_call(script: ModuleType) -> None:
+    seen: list[str] = []
+    ticks = iter(range(1000))
+    runs = {name: (lambda name=name: seen.append(name)) for name in "ab"}
+    seconds = script.interleave(runs, rounds=1, calls=1, clock=lambda: float(next(ticks)), cold=True)
+    assert (seen, seconds) == (["a", "b"], {"a": [1.0], "b": [1.0]})
 
 
 def test_a_measurement_of_several_calls_is_divided_by_their_number(script: ModuleType) -> None:
@@ -80,6 +92,31 @@ def test_result_holds_every_case_under_every_allocator(script: ModuleType, apart
     lines = script.table(result).splitlines()
     assert len(lines) == 3 + 2 * 3
     assert lines[4].split() == ["default", "theirs", "1000.00", "10", "3", "2.00"]
+
+
+def test_a_case_without_its_package_is_left_out(
+    script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packages = {"ours": "torch", "theirs": "no_such_package", "more": "nor_this"}
+    monkeypatch.setitem(script.BENCHMARKS, "tiny", _benchmark(script, packages=packages))
+    asked: list[str] = []
+
+    def worker(name: str, names: Sequence[str], rounds: int, threads: int, allocator: str) -> dict[str, Any]:
+        asked.extend(names)
+        return {"peak": 1} if rounds == 0 else {"seconds": {case: [1.0] for case in names}}
+
+    monkeypatch.setattr(script, "start_worker", worker)
+    assert script.main(["tiny", "--rounds", "1"]) == 0
+    assert set(asked) == {"ours"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "left out, not installed: theirs; more (pip install no_such_package nor_this)"
+    assert lines[1] == "tiny: nothing"
+
+
+def test_the_script_runs_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, str(SCRIPT), "--help"], check=False, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("callbacks", "pointnet", "augment-stl10"))
 
 
 def test_the_script_measures_and_writes_json(
@@ -137,21 +174,21 @@ def test_a_mistake_gives_one_line(script: ModuleType, arguments: list[str], caps
 
 
 def test_both_augmentations_do_the_same_work(script: ModuleType, tmp_path: Path) -> None:
-    for make in (script.points_litzoo, script.points_numpy):
+    for make in (script.points.points_litzoo, script.points.points_numpy):
         points = make(tmp_path, clouds=3, stored=40, kept=16)()
         assert points.shape == (3, 16, 3)
         assert points.dtype == torch.float32
 
 
 def test_both_loaders_read_every_cloud(script: ModuleType, tmp_path: Path) -> None:
-    for make in (script.loading_litzoo, script.loading_text):
+    for make in (script.points.loading_litzoo, script.points.loading_text):
         epoch = make(tmp_path, clouds=4, points=8, batch_size=2)
         assert epoch() == epoch() == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*self.log.*")
 def test_both_training_steps_run(script: ModuleType, tmp_path: Path) -> None:
-    for make in (script.pointnet_litzoo, script.pointnet_textbook):
+    for make in (script.points.pointnet_litzoo, script.points.pointnet_textbook):
         make(tmp_path, clouds=2, points=8, classes=2)()
 
 
@@ -164,7 +201,7 @@ def _by_use(textbook: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
 
 def test_textbook_network_is_the_same_network(script: ModuleType) -> None:
     torch.manual_seed(0)
-    ours, textbook = PointNetClassifier(5, dropout=0.0).double(), script.textbook_pointnet(5, dropout=0.0).double()
+    ours, textbook = PointNetClassifier(5, dropout=0.0).double(), script.points.textbook_pointnet(5, dropout=0.0).double()
     pairs = list(
         zip(
             [parameter for parameter in ours.parameters() if parameter.dim() > 1],
@@ -200,9 +237,9 @@ def test_every_average_moves_alike(script: ModuleType, tmp_path: Path, monkeypat
         nets.append(torch.nn.Linear(3, 2))
         return nets[-1]
 
-    monkeypatch.setattr(script, "small_resnet18", small)
+    monkeypatch.setattr(script.callbacks, "small_resnet18", small)
     averages = []
-    for make in (script.ema_litzoo, script.ema_lightning, script.ema_timm):
+    for make in (script.callbacks.ema_litzoo, script.callbacks.ema_lightning, script.callbacks.ema_timm):
         update = make(tmp_path)
         held = {type(cell.cell_contents).__name__: cell.cell_contents for cell in update.__closure__}
         update()  # Lightning's first update copies the weights
@@ -230,6 +267,117 @@ def test_every_callback_case_trains(script: ModuleType, tmp_path: Path, monkeypa
             self.flatten = torch.nn.Flatten()
             self.fc = torch.nn.Linear(4 * 36, 10)
 
-    monkeypatch.setattr(script, "small_resnet18", Tiny)
+    monkeypatch.setattr(script.callbacks, "small_resnet18", Tiny)
     for make in script.BENCHMARKS["callbacks"].cases.values():
         make(tmp_path, steps=4, batch_size=2, side=8)()
+
+
+PEERS = {"augment_lightly": "lightly", "augment_albumentations": "albumentations", "augment_kornia": "kornia"}
+PEER_AUGMENTATIONS = ("augment_pil", "augment_v2", *PEERS)
+
+
+def _all_views(pair: Any) -> torch.Tensor:
+    return torch.cat([*pair])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["augment_litzoo", *PEER_AUGMENTATIONS])
+def test_every_augmentation_gives_two_normalised_views(script: ModuleType, tmp_path: Path, name: str) -> None:
+    if name in PEERS:
+        pytest.importorskip(PEERS[name])
+    stored = script.images.smooth_images(64, 32)
+    low, high = ((value - torch.tensor(script.images.MEAN)) / torch.tensor(script.images.STD) for value in (0, 1))
+    torch.manual_seed(0)
+    run = getattr(script.images, name)(tmp_path, images=64)
+    seen = []
+    for _ in range(16):
+        first, second = run()
+        assert first.shape == second.shape == stored.shape
+        assert first.dtype == second.dtype == torch.float32
+        assert not torch.equal(first, second)
+        seen += [first, second]
+    views = torch.cat(seen)
+    assert bool(views.isfinite().all())
+    assert bool((views.amin(dim=(0, 2, 3)) >= low - 1e-3).all())
+    assert bool((views.amax(dim=(0, 2, 3)) <= high + 1e-3).all())
+
+    # And the same distribution as litzoo's views.
+    ours = script.images.augment_litzoo(tmp_path, images=64)
+    expected = torch.cat([_all_views(ours()) for _ in range(16)])
+    torch.testing.assert_close(views.mean(dim=(0, 2, 3)), expected.mean(dim=(0, 2, 3)), rtol=0, atol=0.06)
+    torch.testing.assert_close(views.std(dim=(0, 2, 3)), expected.std(dim=(0, 2, 3)), rtol=0.05, atol=0)
+    across = [values.mean(dim=1).std(dim=(1, 2)).mean() for values in (views, expected)]  # contrast within a view
+    torch.testing.assert_close(across[0], across[1], rtol=0.05, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_augmentations_of_larger_images_agree(script: ModuleType, tmp_path: Path) -> None:
+    benchmark, _ = script.available(script.BENCHMARKS["augment-stl10"])
+    found = {}
+    torch.manual_seed(0)
+    for name, make in benchmark.cases.items():
+        run = make(tmp_path, images=32)
+        first, second = run()
+        assert first.shape == second.shape == (32, 3, 64, 64)
+        assert first.dtype == second.dtype == torch.float32
+        found[name] = torch.cat([_all_views(run()) for _ in range(12)])
+        assert bool(found[name].isfinite().all())
+    ours, *others = found.values()
+    for views in others:
+        torch.testing.assert_close(views.mean(dim=(0, 2, 3)), ours.mean(dim=(0, 2, 3)), rtol=0, atol=0.12)
+        torch.testing.assert_close(views.std(dim=(0, 2, 3)), ours.std(dim=(0, 2, 3)), rtol=0.08, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled_augmentation_gives_the_same_views(script: ModuleType, tmp_path: Path) -> None:
+    eager, compiled = (script.images.augment_litzoo(tmp_path, images=4, compiled=compiled)() for compiled in (False, True))
+    torch.testing.assert_close(_all_views(compiled), _all_views(eager), rtol=0, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_image_training_step_trains(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.nn.Module] = []
+    classifier = script.images._classifier
+
+    def small(backbone: str, *arguments: Any) -> Any:
+        assert backbone in ("resnet18", "conv4")
+        made.append((built := classifier("conv4", *arguments))[0])
+        return built
+
+    monkeypatch.setattr(script.images, "_classifier", small)
+    for name in ("train-resnet18", "train-conv4", "precision"):
+        for case, make in script.BENCHMARKS[name].cases.items():
+            made.clear()
+            settings = {} if name == "precision" or "bare" in case else {"images": 8}
+            step = make(tmp_path, batch_size=4, side=8, **settings)
+            (model,) = made
+            before = model.head.weight.detach().clone()
+            for _ in range(3):  # the third starts another epoch
+                step()
+            assert not torch.equal(model.head.weight, before), f"{name}, {case}"
+            assert bool(model.head.weight.isfinite().all())
+
+
+def test_precision_and_layout_are_what_the_case_says(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[torch.dtype, bool]] = []
+    convolution = torch.nn.Conv2d.forward
+
+    def forward(self: torch.nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+        out = convolution(self, x)
+        seen.append((out.dtype, x.is_contiguous(memory_format=torch.channels_last)))
+        return out
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    for case, make in script.BENCHMARKS["precision"].cases.items():
+        seen.clear()
+        make(tmp_path, batch_size=2, side=8, backbone="conv4")()
+        assert seen[0] == (torch.bfloat16 if "bf16" in case else torch.float32, "channels_last" in case)
+
+
+def test_both_starts_give_a_batch(script: ModuleType, tmp_path: Path) -> None:
+    for make in (script.images.startup_litzoo, script.images.startup_whole):
+        classes, counts, batch = make(tmp_path, images=200, side=8, batch_size=4)()
+        assert classes == len(counts) == 10
+        assert min(counts) == max(counts) > 0
+        assert batch.shape == (4, 3, 8, 8)
+        assert batch.dtype == torch.float32
