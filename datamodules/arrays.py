@@ -318,7 +318,8 @@ class ArrayDataModule(LightningDataModule):
         Returns:
             What the model gets.
         """
-        with torch.no_grad():
+        # Under somebody's autocast products would be rounded to half precision.
+        with torch.no_grad(), torch.autocast(batch.input.device.type, enabled=False):
             batch = self.prepare(batch)
             return batch if batch.key is None else self.augment(batch)
 

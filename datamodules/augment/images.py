@@ -515,7 +515,8 @@ class ImageAugmentation:
         for start in range(0, batch, block):
             # The last block goes back over some of the one before it rather than be compiled for a size of its own.
             part = slice(min(start, batch - block), start + block)
-            make(images[part], keys[part], draw[part], size, mean, std, straight, out[part])
+            with torch.autocast(images.device.type, enabled=False):  # or products are rounded to half precision
+                make(images[part], keys[part], draw[part], size, mean, std, straight, out[part])
         return out if views else out.squeeze(1)
 
     def _views(

@@ -281,6 +281,14 @@ def test_a_view_depends_on_its_image_and_key_alone(name: str) -> None:
         assert len(torch.unique(same_image.flatten(1), dim=0)) > 40
 
 
+@pytest.mark.parametrize("name", WHOLE)
+def test_autocast_changes_nothing(name: str) -> None:
+    images, key = pictures(20), torch.arange(20)
+    with torch.autocast("cpu", torch.bfloat16):
+        views = WHOLE[name](images, key, views=2)
+    assert torch.equal(views, WHOLE[name](images, key, views=2))
+
+
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     images, key = pictures(33), torch.arange(33)
     whole = WHOLE["everything"](images, key, views=2)

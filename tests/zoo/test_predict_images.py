@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import litzoo
+from litzoo.datamodules.pictures import decode_picture
 from litzoo.zoo import ImageClassifier, LogisticRegression, PointNetClassifier
 from litzoo.zoo.cli import main
-from litzoo.datamodules.pictures import decode_picture
 from litzoo.zoo.cli import predict as predict_module
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.2]
