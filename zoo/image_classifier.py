@@ -189,8 +189,9 @@ class ImageClassifier(LightningModule):
         images, label = input_and_label(batch)
         if images.dim() == 5:
             # First views first, so that mixing pairs an image with another one and not with its own second view.
-            label = label.repeat(images.shape[1])
-            images = images.transpose(0, 1).flatten(0, 1)
+            mixing = bool(self.mixup or self.cutmix)
+            label = label.repeat(images.shape[1]) if mixing else label.repeat_interleave(images.shape[1])
+            images = (images.transpose(0, 1) if mixing else images).flatten(0, 1)
         images, target = self._mix(images, label)
         logits = self(images)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)

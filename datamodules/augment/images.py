@@ -220,21 +220,22 @@ def _column(values: Tensor) -> Tensor:
     return values[:, None, None, None]
 
 
-def _step(images: Tensor, scale: Tensor, grey: Tensor, mean: Tensor | None = None) -> Tensor:
-    """clamp(scale x + grey l(x) + mean mean(l(x))), coefficients `(B,)`: brightness, saturation or contrast."""
+def _step_(images: Tensor, scale: Tensor, grey: Tensor, mean: Tensor | None = None) -> Tensor:
+    """clamp(scale x + grey l(x) + mean mean(l(x))) in place, coefficients `(B,)`: brightness, saturation or contrast."""
     if images.shape[1] == 1:
-        # A grey image has no saturation: scale + grey is 1 there, and 1 or more than that for the others.
-        moved = images * _column(scale + grey)
-        return (moved if mean is None else moved.add_(images.mean(dim=(2, 3), keepdim=True) * _column(mean))).clamp_(0, 1)
+        # A grey image has no saturation: scale + grey is 1 there, and scale for the others.
+        change = None if mean is None else images.mean(dim=(2, 3), keepdim=True) * _column(mean)
+        images.mul_(_column(scale + grey))
+        return (images if change is None else images.add_(change)).clamp_(0, 1)
     luma = _luma(images)
     change = luma * _column(grey)
     if mean is not None:
-        change = change.add_(luma.mean(dim=(2, 3), keepdim=True) * _column(mean))
-    return (images * _column(scale)).add_(change).clamp_(0, 1)
+        change.add_(luma.mean(dim=(2, 3), keepdim=True) * _column(mean))
+    return images.mul_(_column(scale)).add_(change).clamp_(0, 1)
 
 
-def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
-    """Turn the hue by a share of the circle, `(B,)`; value and chroma stay."""
+def _turn_hue_(images: Tensor, turn: Tensor) -> Tensor:
+    """Turn the hue in place by a share of the circle, `(B,)`; value and chroma stay."""
     if images.shape[1] == 1:
         return images
     red, green, blue = images.split(1, dim=1)
@@ -243,20 +244,16 @@ def _turn_hue(images: Tensor, turn: Tensor) -> Tensor:
     # The distance from red on the circle of 6, at most 3, is linear in the colour: 1 + (g + b - r - min) / chroma. On which
     # side of red it lies, green and blue tell. Grey has any hue.
     hue = (green + blue).sub_(red).sub_(lowest).div_(chroma.clamp(min=1e-12)).add_(1)
-    hue = hue.copysign_(green - blue).add_(6 * turn[:, None, None, None])
+    hue = hue.copysign_(green - blue).add_(6 * _column(turn))
     hue = hue.sub_((hue * (1 / 6)).floor_(), alpha=6)
-    return torch.cat(
-        [
-            torch.addcmul(lowest, chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1)),
-            torch.addcmul(highest, chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1),
-            torch.addcmul(highest, chroma, (hue - 4).abs_().sub_(1).clamp_(0, 1), value=-1),
-        ],
-        dim=1,
-    )
+    red.copy_(lowest).addcmul_(chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1))
+    green.copy_(highest).addcmul_(chroma, (hue - 2).abs_().sub_(1).clamp_(0, 1), value=-1)
+    blue.copy_(highest).addcmul_(chroma, hue.sub_(4).abs_().sub_(1).clamp_(0, 1), value=-1)
+    return images
 
 
 def _jitter_straight(images: Tensor, jitter: _Jitter) -> Tensor:
-    """The jitter without a branch, for a GPU and for the compiler.
+    """The jitter without a branch and in place, for a GPU and for the compiler.
 
     Every order of the four is part of: (b or s) x 2, contrast, (b or s) x 2, hue, (b or s) x 2, contrast, (b or s) x 2; what a
     sample does not use is neutral. So the mean, which the compiler cannot fuse, is taken only twice.
@@ -274,23 +271,23 @@ def _jitter_straight(images: Tensor, jitter: _Jitter) -> Tensor:
                 scale = torch.where(used, factors[:, operation], scale)
                 if operation == _SATURATION:
                     grey = torch.where(used, 1 - factors[:, operation], grey)
-            images = _step(images, scale, grey)
+            images = _step_(images, scale, grey)
         if region in (0, 2):
             factor = _neutral(factors[:, _CONTRAST], ((at_contrast > at_hue) == (region == 2)) & (at_contrast < 4))
-            images = _step(images, factor, torch.zeros_like(factor), 1 - factor)
+            images = _step_(images, factor, torch.zeros_like(factor), 1 - factor)
         if region == 1:
-            images = torch.where(_column(at_hue < 4), _turn_hue(images, factors[:, _HUE]), images)
+            images = torch.where(_column(at_hue < 4), _turn_hue_(images.clone(), factors[:, _HUE]), images)
     return images
 
 
 def _jitter_sorted(images: Tensor, jitter: _Jitter, counts: list[int]) -> Tensor:
-    """The jitter of images sorted by the place of the hue, of which there are `counts`: each takes its four operations alone."""
+    """The jitter in place of images sorted by the place of the hue, of which there are `counts`: each takes its four operations alone."""
     factors, place = (values[: sum(counts[:4])] for values in jitter)
     moved, start = images[: len(place)], 0
     for position in range(4):
         group = slice(start, start + counts[position])
         if counts[position]:
-            moved[group] = _turn_hue(moved[group], factors[group, _HUE])
+            _turn_hue_(moved[group], factors[group, _HUE])
         start = group.stop
         if position == 3:
             break
@@ -298,7 +295,7 @@ def _jitter_sorted(images: Tensor, jitter: _Jitter, counts: list[int]) -> Tensor
         now = (place - (place > place[:, _HUE:]).long() == position)[:, :_HUE]
         scale = torch.where(now, factors[:, :_HUE], 0).sum(dim=1)
         grey, mean = (torch.where(now[:, operation], 1 - scale, 0) for operation in (_SATURATION, _CONTRAST))
-        moved.copy_(_step(moved, scale, grey, mean))
+        _step_(moved, scale, grey, mean)
     return images
 
 
@@ -323,7 +320,7 @@ def color_jitter(images: Tensor, factors: Tensor, order: Tensor) -> Tensor:
     Source:
         torchvision's ColorJitter on float tensors.
     """
-    return _jitter_straight(images, _Jitter(factors.to(images.dtype), order.argsort(dim=1)))
+    return _jitter_straight(images.clone(), _Jitter(factors.to(images.dtype), order.argsort(dim=1)))
 
 
 def _blur_weights(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
@@ -380,7 +377,7 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         tensor([1.])
     """
     center, scale = (torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None] for values in (mean, std))
-    return torch.addcmul(-center / scale, images, 1 / scale)
+    return (images * (1 / scale)).sub_(center / scale)
 
 
 @cache
