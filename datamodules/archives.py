@@ -18,7 +18,7 @@ from typing import IO, Any, Literal
 import numpy as np
 
 from .errors import DataError
-from .packing import pack_once
+from .packing import pack_once, remove_leftovers
 
 # What reading a damaged .tar.gz raises.
 _DAMAGE = (EOFError, OSError, tarfile.TarError, zlib.error)
@@ -251,6 +251,7 @@ def _download(archive: Archive, root: Path) -> None:
     """Download to a temporary name, and rename what is whole."""
     from torchvision.datasets.utils import download_url
 
+    remove_leftovers(root / archive.filename)
     temporary = root / f".{archive.filename}.{os.getpid()}"
     before = socket.getdefaulttimeout()
     try:

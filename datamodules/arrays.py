@@ -257,6 +257,7 @@ class ArrayDataModule(LightningDataModule):
         self._seed = seed
         self.shuffle = shuffle
         self.balanced = balanced
+        self._resume: dict[str, int] | None = None
 
     def read(self) -> Arrays:
         """Read the whole data set.
@@ -334,20 +335,26 @@ class ArrayDataModule(LightningDataModule):
         indices = self.indices(split)
         overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         if len(indices) == 0:
-            raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty")
+            cure = "; raise --data.val_fraction, or train without validation with --trainer.limit_val_batches 0" if split == VAL else ""
+            raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty{cure}")
         label = self.arrays.label[indices] if self.balanced and training else None
         if label is not None and label.min() < 0:
             raise DataError(f"{type(self).__name__}: balanced=True needs labels, but some training samples have none")
         batch_size = self.batch_size if training else self.eval_batch_size
         return BatchLoader(
             ArrayDataset(self.arrays, self.seed if training else None),
-            BatchSampler(indices, batch_size, self.seed, training, self.shuffle and not overfitting, label),
+            # By keyword, because Lightning's `predict` makes the loader anew with another.
+            sampler=BatchSampler(indices, batch_size, self.seed, training, self.shuffle and not overfitting, label),
             num_workers=self.num_workers if training else 0,
             pin_memory=torch.cuda.is_available(),
         )
 
     def train_dataloader(self) -> BatchLoader:
-        return self._loader(TRAIN, training=True)
+        loader = self._loader(TRAIN, training=True)
+        if self._resume is not None:
+            loader.load_state_dict(self._resume)
+            self._resume = None
+        return loader
 
     def eval_train_dataloader(self) -> BatchLoader:
         """The training set in fixed order, never augmented: for memory banks, nearest neighbours and probes."""
@@ -358,3 +365,18 @@ class ArrayDataModule(LightningDataModule):
 
     def test_dataloader(self) -> BatchLoader:
         return self._loader(TEST, training=False)
+
+    def predict_dataloader(self) -> BatchLoader:
+        """The test split."""
+        return self._loader(TEST, training=False)
+
+    # Lightning restores the loader by itself, but not if somebody asked for `trainer.estimated_stepping_batches` before, as schedulers do.
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training loader stands."""
+        loader = None if self.trainer is None else self.trainer.train_dataloader
+        return {"train_loader": loader.state_dict()} if isinstance(loader, BatchLoader) else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let the next training loader go on where it stood."""
+        self._resume = state_dict.get("train_loader")

@@ -25,7 +25,7 @@ class DigitsDataModule(ImageDataModule):
         augmentation: a preset by name, or an `ImageAugmentation`; the default zooms, shifts and turns a little. Most presets mirror,
             which makes no digit of a digit.
         views: views of each training image.
-        image_size: pixels of what a model gets; 8 keeps the stored ones.
+        image_size: pixels of what a model gets; 8 or None keeps the stored ones.
         train_fraction: share of each class's training images to use, in (0, 1].
         val_fraction: share of each class's training images held out for validation.
         split_seed: seed of these choices; it does not touch the test split.
@@ -55,7 +55,7 @@ class DigitsDataModule(ImageDataModule):
         self,
         augmentation: Preset | ImageAugmentation = _GENTLE,
         views: int = 1,
-        image_size: int = 32,
+        image_size: int | None = 32,
         train_fraction: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
@@ -71,7 +71,7 @@ class DigitsDataModule(ImageDataModule):
         super().__init__(
             augmentation,
             views,
-            image_size,
+            image_size or 8,
             train_fraction,
             val_fraction,
             0.0,

@@ -57,8 +57,10 @@ class HDF5Reader:
         """Refuse labels without a name, and splits that are none."""
         if len(label) == 0:
             raise DataError(f"{self.path} holds no sample")
-        if label.min() < lowest or (names is not None and label.max() >= len(names)):
-            raise DataError(f"{self.path}: labels run from {label.min()} to {label.max()}, but there are {len(names or ())} class names")
+        if label.min() < lowest:
+            raise DataError(f"{self.path}: labels start at 0, but the lowest is {label.min()}")
+        if names is not None and label.max() >= len(names):
+            raise DataError(f"{self.path}: labels run from {label.min()} to {label.max()}, but there are {len(names)} class names")
         foreign = [] if split is None else sorted(set(split.tolist()) - {TRAIN, VAL, TEST})
         if foreign:
             raise DataError(f"{self.path}: split must be 0 (train), 1 (validation) or 2 (test), it holds {foreign[0]}")

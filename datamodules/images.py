@@ -120,25 +120,26 @@ class ImageDataModule(ArrayDataModule):
         return height
 
     @property
-    def mean(self) -> list[float]:
+    def image_mean(self) -> list[float]:
         """Mean of each channel that is subtracted, of images in [0, 1]."""
         return self._moments[0]
 
     @property
-    def std(self) -> list[float]:
+    def image_std(self) -> list[float]:
         """Standard deviation of each channel by which is divided."""
         return self._moments[1]
 
     @cached_property
     def _moments(self) -> tuple[list[float], list[float]]:
-        mean, std = self._mean or self.published_mean, self._std or self.published_std
+        mean = self.published_mean if self._mean is None else tuple(map(float, self._mean))
+        std = self.published_std if self._std is None else tuple(map(float, self._std))
         if mean is None or std is None:
             train = self.indices(TRAIN)
             chosen = train[torch.linspace(0, len(train) - 1, min(_SAMPLED, len(train))).round().long()]
             pixels = self.arrays.input[chosen].transpose(0, 1).flatten(1).double() / 255
             # A channel without contrast must not be blown up.
             measured = pixels.mean(1).tolist(), pixels.std(1, correction=0).clamp(min=1 / 255).tolist()
-            mean, std = (given or [round(value, 4) for value in found] for given, found in zip((mean, std), measured, strict=True))
+            mean, std = (given or tuple(round(value, 4) for value in found) for given, found in zip((mean, std), measured, strict=True))
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != self.in_channels:
                 raise DataError(f"{type(self).__name__}: {name} has {len(values)} values, but the images have {self.in_channels} channels")
@@ -151,11 +152,11 @@ class ImageDataModule(ArrayDataModule):
         stored = tuple(images.shape[2:]) == (size, size)
         # Mapped images have their channels last; a model gets them as it gets views.
         images = images.contiguous().float() / 255 if stored else crop_resize(images, center_box(images), size)
-        return batch._replace(input=normalize(images, self.mean, self.std))
+        return batch._replace(input=normalize(images, self.image_mean, self.image_std))
 
     def augment(self, batch: Batch) -> Batch:
         assert batch.key is not None
         views = None if self.views == 1 else self.views
         return batch._replace(
-            input=self.augmentation(batch.input, batch.key, self.image_size, views, self.mean, self.std, compiled=self.compiled)
+            input=self.augmentation(batch.input, batch.key, self.image_size, views, self.image_mean, self.image_std, compiled=self.compiled)
         )

@@ -1,6 +1,7 @@
 """Images packed once into one HDF5 file, from which they are memory-mapped: nothing is decoded or copied when a training starts."""
 
 import errno
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,7 @@ def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_name(f".{path.name}.lock")):
             if _source(path) != source:  # nobody made it while this process waited
+                remove_leftovers(path)
                 _write(path, source, write)
     except OSError as error:
         if error.errno not in _UNWRITABLE:
@@ -63,6 +65,21 @@ def _write(path: Path, source: str, write: Callable[[Any], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove the temporary files `.NAME.PID` that a killed process left of a file; to be called by the one process that may write it.
+
+    Args:
+        path: the file that they were to become.
+
+    Example:
+        >>> remove_leftovers(Path("data/cifar10.h5"))
+    """
+    for entry in path.parent.iterdir():
+        head, _, process = entry.name.rpartition(".")
+        if head == f".{path.name}" and process.isdigit():
+            entry.unlink(missing_ok=True)
+
+
 def _source(path: Path) -> str | None:
     """What an existing packed file was made from; None if there is none, or a broken one."""
     import h5py
@@ -77,7 +94,36 @@ def _source(path: Path) -> str | None:
     return source
 
 
-def image_dataset(file: Any, shape: tuple[int, int, int, int]) -> Any:
+class ImageBlock:
+    """The images of a packed file that is being written, in one contiguous block.
+
+    Written past h5py, in whose finalisers a Ctrl-C would be lost, and which does not say when the disk is full.
+
+    Args:
+        path: the file.
+        offset: where the block starts, in bytes.
+        shape: `(N, H, W, C)`.
+    """
+
+    def __init__(self, path: Path, offset: int, shape: tuple[int, int, int, int]) -> None:
+        self.path = path
+        self.offset = offset
+        self.shape = shape
+
+    def __setitem__(self, part: slice, images: np.ndarray) -> None:
+        start, stop, _ = part.indices(self.shape[0])
+        if images.shape != (stop - start, *self.shape[1:]) or images.dtype != np.uint8:
+            raise ValueError(
+                f"images {start} to {stop} must be uint8 of shape {(stop - start, *self.shape[1:])}, got {images.dtype} {images.shape}"
+            )
+        with self.path.open("r+b", buffering=0) as file:
+            file.seek(self.offset + start * math.prod(self.shape[1:]))
+            left = memoryview(np.ascontiguousarray(images).reshape(-1))  # type: ignore[arg-type]
+            while left:
+                left = left[file.write(left) :]
+
+
+def image_dataset(file: Any, shape: tuple[int, int, int, int]) -> ImageBlock:
     """Make the data set `image` of a packed file, in one contiguous block, so that it can be memory-mapped.
 
     Args:
@@ -85,12 +131,18 @@ def image_dataset(file: Any, shape: tuple[int, int, int, int]) -> Any:
         shape: `(N, H, W, C)`.
 
     Returns:
-        The empty uint8 data set; assign blocks of images to its slices.
+        The empty block; assign images to its slices.
 
     Example:
-        >>> image_dataset(file, (50000, 32, 32, 3))[:1000] = block
+        >>> image_dataset(file, (50000, 32, 32, 3))[:1000] = images
     """
-    return file.create_dataset("image", shape=shape, dtype=np.uint8)
+    import h5py
+
+    properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    made = h5py.h5d.create(file.id, b"image", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple(shape), dcpl=properties)
+    return ImageBlock(Path(file.filename), made.get_offset(), shape)
 
 
 def map_images(path: Path) -> Tensor:

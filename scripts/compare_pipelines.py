@@ -50,14 +50,19 @@ class PerImageViews(HDF5ImagesDataModule):
 
         recipe = torchvision_recipe(self.augmentation, self.image_size)
         views = torch.stack([TF.to_image(recipe(TF.to_pil_image(image))) for image in batch.input])
-        return batch._replace(input=TF.normalize(views.float() / 255, self.mean, self.std))
+        return batch._replace(input=TF.normalize(views.float() / 255, self.image_mean, self.image_std))
 
 
 def run(data: HDF5ImagesDataModule, backbone: str, epochs: int, seed: int) -> tuple[float, float]:
     """Train one classifier; its test accuracy and the minutes its training took."""
     seed_everything(seed, verbose=False)
     model = ImageClassifier(
-        data.num_classes, backbone=backbone, in_channels=data.in_channels, image_size=data.image_size, mean=data.mean, std=data.std
+        data.num_classes,
+        backbone=backbone,
+        in_channels=data.in_channels,
+        image_size=data.image_size,
+        image_mean=data.image_mean,
+        image_std=data.image_std,
     )
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary", "enable_progress_bar"), False)
     trainer = Trainer(max_epochs=epochs, callbacks=[StepSeed(seed=seed)], accelerator="cpu", num_sanity_val_steps=0, **quiet)

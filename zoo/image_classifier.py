@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .backbones import create_backbone, resolve_backbone
-from .batch import input_and_label
+from .batch import Batch, input_and_label
 from .layers.classification_metrics import classification_metrics
 from .optimization import WarmupCosineLR, configure_optimizer
 
@@ -35,8 +35,8 @@ class ImageClassifier(LightningModule):
         backbone: the encoder: a name or a mapping, see `resolve_backbone`.
         in_channels: channels of the images.
         image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
-        mean: mean of each channel, by which images were normalised before they get here; `predict` applies it to raw images.
-        std: standard deviation of each channel, likewise.
+        image_mean: mean of each channel, by which images were normalised before they get here; `predict` applies it to raw images.
+        image_std: standard deviation of each channel, likewise.
         pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
         label_smoothing: s, in [0, 1].
         mixup: parameter of MixUp's Beta distribution; 0 is off.
@@ -69,8 +69,8 @@ class ImageClassifier(LightningModule):
         backbone: str | dict[str, Any] = "resnet18",
         in_channels: int = 3,
         image_size: int | None = 32,
-        mean: list[float] | None = None,
-        std: list[float] | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
         pretrained: bool = False,
         label_smoothing: float = 0.0,
         mixup: float = 0.0,
@@ -80,7 +80,7 @@ class ImageClassifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_classes, class_names, in_channels, mean, std, label_smoothing, mixup, cutmix, dropout)
+        _check_settings(num_classes, class_names, in_channels, image_mean, image_std, label_smoothing, mixup, cutmix, dropout)
         if isinstance(backbone, Mapping):
             _check_agreement(backbone, in_channels, image_size)
         description = resolve_backbone(backbone, in_channels, image_size)
@@ -93,13 +93,14 @@ class ImageClassifier(LightningModule):
         self.class_names = class_names or [str(cls) for cls in range(num_classes)]
         self.in_channels = in_channels
         self.image_size = image_size
-        self.mean = mean
-        self.std = std
+        self.image_mean = image_mean
+        self.image_std = image_std
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.cutmix = cutmix
 
         self.backbone = create_backbone(description, pretrained)
+        _check_size(self.backbone, description["name"], in_channels, image_size)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(int(self.backbone.num_features), num_classes)  # type: ignore[arg-type]
 
@@ -113,6 +114,11 @@ class ImageClassifier(LightningModule):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` -> features `(B, D)`, before dropout and the linear layer."""
+        if not images.is_floating_point():
+            raise ValueError(
+                f"the model takes normalised images, got {images.dtype}: give the trainer the DataModule itself (datamodule=...), "
+                "whose loaders yield images as they are stored, or call predict() for raw images"
+            )
         if images.dim() != 4 or images.shape[1] != self.in_channels:
             raise ValueError(f"the model takes images of shape (batch, {self.in_channels}, height, width), got {tuple(images.shape)}")
         # The layout, not the shape: convolutions then run faster, and the layers keep it.
@@ -122,7 +128,7 @@ class ImageClassifier(LightningModule):
     def predict(self, images: Tensor | Sequence[Tensor]) -> Tensor:
         """Class probabilities of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
 
-        Where the size is not `image_size`, the shorter edge is resized to it with antialiasing and the centre is cut out. One
+        Where the size is not `image_size`, the largest centred square is resized to it with antialiasing. One
         channel becomes three by repetition, three become one by luma.
 
         Args:
@@ -167,32 +173,49 @@ class ImageClassifier(LightningModule):
                 raise ValueError(f"the model takes images of {self.in_channels} channels, got {images.shape[1]}")
             images = vision.rgb_to_grayscale(images) if self.in_channels == 1 else images.expand(-1, 3, -1, -1)
         if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
-            images = vision.center_crop(vision.resize(images, [self.image_size], antialias=True), [self.image_size])
-        if self.mean is not None and self.std is not None:
-            images = vision.normalize(images, self.mean, self.std)
+            square = vision.center_crop(images, [min(images.shape[2:])])
+            images = vision.resize(square, [self.image_size, self.image_size], antialias=True)
+        if self.image_mean is not None and self.image_std is not None:
+            images = vision.normalize(images, self.image_mean, self.image_std)
         return images
 
-    def _mix(self, images: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    def on_fit_start(self) -> None:
+        counts, known = (getattr(self.trainer.datamodule, name, None) for name in ("num_train", "class_counts"))  # type: ignore[attr-defined]
+        if counts is not None and known is not None and sum(known) < counts:
+            raise ValueError(f"{counts - sum(known)} of {counts} training images have no label: a classifier cannot train on them")
+
+    def _mix(self, images: Tensor, label: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
         """Images and their targets after MixUp or CutMix: labels `(B,)`, or probabilities `(B, num_classes)`."""
         if not (self.mixup or self.cutmix):
             return images, label
         from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
 
-        choices: list[nn.Module] = []
-        if self.mixup:
-            choices.append(MixUp(alpha=self.mixup, num_classes=self.num_classes))
-        if self.cutmix:
-            choices.append(CutMix(alpha=self.cutmix, num_classes=self.num_classes))
-        return RandomChoice(choices)(images, label)
+        # Half precision has no Beta distribution; and by the batch's own keys, a second pass over it (SAM) mixes as the first.
+        dtype, state = torch.get_default_dtype(), torch.default_generator.get_state()
+        torch.set_default_dtype(torch.float32)
+        if key is not None:
+            torch.default_generator.manual_seed(int(key.sum()))
+        try:
+            choices: list[nn.Module] = []
+            if self.mixup:
+                choices.append(MixUp(alpha=self.mixup, num_classes=self.num_classes))
+            if self.cutmix:
+                choices.append(CutMix(alpha=self.cutmix, num_classes=self.num_classes))
+            return RandomChoice(choices)(images, label)
+        finally:
+            torch.set_default_dtype(dtype)
+            if key is not None:
+                torch.default_generator.set_state(state)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, label = input_and_label(batch)
+        label = label.long()
         if images.dim() == 5:
             # First views first, so that mixing pairs an image with another one and not with its own second view.
             mixing = bool(self.mixup or self.cutmix)
             label = label.repeat(images.shape[1]) if mixing else label.repeat_interleave(images.shape[1])
             images = (images.transpose(0, 1) if mixing else images).flatten(0, 1)
-        images, target = self._mix(images, label)
+        images, target = self._mix(images, label, batch.key if isinstance(batch, Batch) else None)
         logits = self(images)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         self.train_accuracy.update(logits.detach(), label)
@@ -237,8 +260,8 @@ def _check_settings(
     num_classes: int,
     class_names: list[str] | None,
     in_channels: int,
-    mean: list[float] | None,
-    std: list[float] | None,
+    image_mean: list[float] | None,
+    image_std: list[float] | None,
     label_smoothing: float,
     mixup: float,
     cutmix: float,
@@ -248,13 +271,13 @@ def _check_settings(
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names has {len(class_names)} entries, but num_classes is {num_classes}")
-    if (mean is None) != (std is None):
-        raise ValueError("mean and std go together: give both or neither")
-    for name, values in (("mean", mean), ("std", std)):
+    if (image_mean is None) != (image_std is None):
+        raise ValueError("image_mean and image_std go together: give both or neither")
+    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
         if values is not None and len(values) != in_channels:
             raise ValueError(f"{name} has {len(values)} entries, but in_channels is {in_channels}")
-    if std is not None and min(std) <= 0:
-        raise ValueError(f"std must be positive, got {std}")
+    if image_std is not None and min(image_std) <= 0:
+        raise ValueError(f"image_std must be positive, got {image_std}")
     for name, value, high in (
         ("label_smoothing", label_smoothing, 1.0),
         ("dropout", dropout, 1.0),
@@ -263,6 +286,18 @@ def _check_settings(
     ):
         if not 0 <= value <= high:
             raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
+
+
+def _check_size(backbone: nn.Module, name: str, in_channels: int, image_size: int | None) -> None:
+    """Refuse now what would fail in the first batch: an encoder that shrinks the images to nothing, or wants another size."""
+    if image_size is None:
+        return
+    try:
+        with torch.no_grad():
+            backbone.eval()(torch.zeros(1, in_channels, image_size, image_size))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        raise ValueError(f"the backbone {name!r} cannot take images of {image_size} x {image_size} pixels ({error})") from error
+    backbone.train()
 
 
 def _check_agreement(backbone: Mapping[str, Any], in_channels: int, image_size: int | None) -> None:

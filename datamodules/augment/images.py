@@ -243,7 +243,7 @@ def _turn_hue_(images: Tensor, turn: Tensor) -> Tensor:
     chroma = highest - lowest
     # The distance from red on the circle of 6, at most 3, is linear in the colour: 1 + (g + b - r - min) / chroma. On which
     # side of red it lies, green and blue tell. Grey has any hue.
-    hue = (green + blue).sub_(red).sub_(lowest).div_(chroma.clamp(min=1e-12)).add_(1)
+    hue = (green + blue).sub_(red).sub_(lowest).div_(chroma.clamp(min=torch.finfo(chroma.dtype).tiny)).add_(1)
     hue = hue.copysign_(green - blue).add_(6 * _column(turn))
     hue = hue.sub_((hue * (1 / 6)).floor_(), alpha=6)
     red.copy_(lowest).addcmul_(chroma, (hue - 3).abs_().sub_(1).clamp_(0, 1))
@@ -331,7 +331,7 @@ def _blur_weights(sigma: Tensor, kernel_size: int, size: int) -> Tensor:
     kernel = kernel / kernel.sum(dim=1, keepdim=True)
     source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
     source = torch.where(source > size - 1, 2 * (size - 1) - source, source)
-    weights = torch.zeros(len(sigma), size, size, device=sigma.device)
+    weights = torch.zeros(len(sigma), size, size, dtype=kernel.dtype, device=sigma.device)
     return weights.scatter_add_(2, source.expand(len(sigma), -1, -1), kernel[:, None, :].expand(-1, size, -1))
 
 
@@ -467,6 +467,7 @@ class ImageAugmentation:
         if not 0 <= self.randaugment_magnitude <= 30:
             raise ValueError(f"randaugment_magnitude must lie in [0, 30], got {self.randaugment_magnitude}")
 
+    @torch.no_grad()
     def __call__(
         self,
         images: Tensor,
@@ -487,16 +488,18 @@ class ImageAugmentation:
             views: V, or None for one view without an axis of its own.
             mean: of each channel, subtracted; None for no normalisation.
             std: of each channel, divided by.
-            compiled: compile the colour jitter; the first call takes seconds.
+            compiled: compile all of it; the first call, and that of another size, takes up to a minute.
             dtype: of the arithmetic and of the result.
 
         Returns:
             `(B, V, C, S, S)`, or `(B, C, S, S)` without `views`.
 
         Raises:
-            ValueError: if the images are not square and no size is given.
+            ValueError: if the images are not square and no size is given, or of another type.
         """
         batch, channels, height, width = images.shape
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise ValueError(f"images must be uint8, or floats in [0, 1], got {images.dtype}")
         if size is None and height != width:
             raise ValueError(f"images of {height} x {width} pixels are not square: give the size of the views")
         size = size or height
@@ -508,7 +511,7 @@ class ImageAugmentation:
         draw = uniform(keys.flatten(), _COLUMNS).view(batch, count, _COLUMNS)  # torch.compile makes it write out of bounds
         # On a CPU in blocks that fit its cache; a GPU gets all at once.
         pixels = _COMPILED_BLOCK_PIXELS if compiled else _BLOCK_PIXELS
-        block = batch if images.is_cuda else min(batch, max(1, pixels // (count * max(height * width, size * size))))
+        block = max(1, batch) if images.is_cuda else max(1, min(batch, pixels // (count * max(height * width, size * size))))
         for start in range(0, batch, block):
             # The last block goes back over some of the one before it rather than be compiled for a size of its own.
             part = slice(min(start, batch - block), start + block)

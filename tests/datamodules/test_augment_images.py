@@ -281,6 +281,34 @@ def test_a_view_depends_on_its_image_and_key_alone(name: str) -> None:
         assert len(torch.unique(same_image.flatten(1), dim=0)) > 40
 
 
+@pytest.mark.parametrize("name", [name for name, augment in WHOLE.items() if not augment.solarize])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_half_and_double_precision(name: str, dtype: torch.dtype) -> None:
+    images, key = pictures(20), torch.arange(20)
+    images[:2] = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None]  # black and white have no hue
+    views = WHOLE[name](images, key, dtype=dtype)
+    assert views.dtype == dtype
+    assert (views.double() - WHOLE[name](images, key).double()).abs().mean() < 2e-3
+
+
+def test_double_as_default_dtype() -> None:
+    images, key = pictures(4), torch.arange(4)
+    torch.set_default_dtype(torch.float64)
+    try:
+        views = WHOLE["everything"](images, key, mean=MEAN, std=STD)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(views, WHOLE["everything"](images, key, mean=MEAN, std=STD), rtol=0, atol=1e-4)
+
+
+def test_views_need_no_gradient_and_no_images() -> None:
+    images = (pictures(2) / 255).requires_grad_()
+    assert not PRESETS["simclr"](images, torch.arange(2)).requires_grad
+    assert PRESETS["simclr"](images[:0], torch.arange(0), views=2).shape == (0, 2, 3, 32, 32)
+    with pytest.raises(ValueError, match="uint8, or floats"):
+        PRESETS["simclr"](pictures(2).long(), torch.arange(2))
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_autocast_changes_nothing(name: str) -> None:
     images, key = pictures(20), torch.arange(20)

@@ -278,6 +278,36 @@ def test_resumed_training_equals_uninterrupted(make: Callable[..., ArrayDataModu
         assert _equal_weights(resumed, whole), path.name
 
 
+class Scheduled(Probe):
+    """Asks how long training is, as schedulers do, when Lightning has not yet read where a resumed run's loader stood."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {
+                "scheduler": torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, self.trainer.estimated_stepping_batches),
+                "interval": "step",
+            },
+        }
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumed_training_equals_uninterrupted_with_a_schedule(
+    make: Callable[..., ArrayDataModule], tmp_path: Path, num_workers: int
+) -> None:
+    def fit(checkpoint: Path | None = None, **settings: Any) -> Probe:
+        data = make(num_workers=num_workers)
+        model = Scheduled(data.num_classes, seed=0 if checkpoint is None else 99)
+        trainer(tmp_path, **settings).fit(model, datamodule=data, ckpt_path=checkpoint, weights_only=False if checkpoint else None)
+        return model
+
+    whole = fit(callbacks=[ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=3, save_top_k=-1)])
+    resumed = fit(tmp_path / "kept" / "step=3.ckpt")
+    assert resumed.train_seen == whole.train_seen[3:]
+    assert _equal_weights(resumed, whole)
+
+
 def test_resumed_twice(make: Callable[..., ArrayDataModule], tmp_path: Path) -> None:
     """A checkpoint of a resumed run is as good as one of the first run."""
     settings: dict[str, Any] = {"val_check_interval": 0.5}
@@ -322,7 +352,7 @@ def test_controls_of_resumption_differ(make: Callable[..., ArrayDataModule], tmp
     whole = _fit(make, tmp_path, callbacks=[ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=3, save_top_k=-1)])
     path = tmp_path / "kept" / "step=3.ckpt"
     state = torch.load(path, weights_only=False)
-    del state["loops"]["fit_loop"]["state_dict"]["combined_loader"]
+    del state["loops"]["fit_loop"]["state_dict"]["combined_loader"], state[type(make()).__qualname__]
     torch.save(state, tmp_path / "stateless.ckpt")
     stateless = _fit(make, tmp_path, tmp_path / "stateless.ckpt")
     assert stateless.train_seen != whole.train_seen[3:]
@@ -369,6 +399,19 @@ def test_overfit_batches(make: Callable[..., ArrayDataModule], tmp_path: Path, n
     assert order[:2] == order[2:4] == order[4:]
     data = make()
     assert [index for batch in order[:2] for index in batch] == data.indices(TRAIN)[: 2 * data.batch_size].tolist()
+
+
+def test_prediction_of_the_data_module(make: Callable[..., ArrayDataModule], tmp_path: Path) -> None:
+    data = make()
+
+    class Inputs(Probe):
+        def predict_step(self, batch: Batch, batch_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
+            return batch.index, batch.input
+
+    found = trainer(tmp_path).predict(Inputs(data.num_classes), datamodule=data)
+    assert torch.equal(torch.cat([index for index, _ in found]), data.indices(TEST))
+    expected = torch.cat([data.transform(batch).input for batch in data.test_dataloader()])
+    assert torch.equal(torch.cat([images for _, images in found]), expected)
 
 
 def test_prediction_loader(make: Callable[..., ArrayDataModule], tmp_path: Path) -> None:

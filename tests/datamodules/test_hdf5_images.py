@@ -174,7 +174,7 @@ def test_truncated_file(tmp_path: Path, keep: float, storage: dict[str, Any]) ->
         ("label", np.zeros(59, np.int32), r"label must have shape \(60,\)"),
         ("label", np.zeros((60, 1), np.int32), r"label must have shape \(60,\)"),
         ("label", np.full(60, 4), "labels run from 4 to 4, but there are 4 class names"),
-        ("label", np.full(60, -1), "labels run from -1"),
+        ("label", np.full(60, -1), "labels start at 0, but the lowest is -1"),
         ("label", np.full(60, 0.5), "label must hold whole numbers"),
         ("label", np.array([b"cat"] * 60), "label must be an array of numbers"),
         ("split", np.zeros(10, np.uint8), r"split must have shape \(60,\)"),
@@ -201,7 +201,7 @@ def test_a_group_is_no_array(path: Path) -> None:
 def test_unknown_labels_only_where_they_are_expected(path: Path) -> None:
     with h5py.File(path, "a") as file:
         file["label"][:5] = -1
-    with pytest.raises(DataError, match="labels run from -1 to 3"):
+    with pytest.raises(DataError, match="labels start at 0, but the lowest is -1"):
         _ = HDF5ImagesDataModule(path).num_classes
     arrays, _ = read_images(path, unlabelled=True)
     assert arrays.label[:5].tolist() == [-1] * 5

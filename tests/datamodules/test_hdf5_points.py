@@ -109,7 +109,7 @@ def test_not_finite(path: Path, bad: float) -> None:
         ("label", np.zeros(59, np.int32), r"label must have shape \(60,\)"),
         ("label", np.zeros((60, 1), np.int32), r"label must have shape \(60,\)"),
         ("label", np.full(60, 4), "labels run from 4 to 4, but there are 4 class names"),
-        ("label", np.full(60, -1), "labels run from -1"),
+        ("label", np.full(60, -1), "labels start at 0, but the lowest is -1"),
         ("label", np.full(60, 0.5), "label must hold whole numbers"),
         ("label", np.full(60, np.nan), "label must hold whole numbers"),
         ("split", np.zeros(10, np.uint8), r"split must have shape \(60,\)"),

@@ -101,24 +101,24 @@ def test_train_fractions_are_nested_and_stratified() -> None:
 def test_moments_are_those_of_the_training_images(channels: int) -> None:
     data = Noise(shape=(channels, 6, 7), val_fraction=0.4, image_size=6)
     train = data.arrays.input[data.indices(TRAIN)].numpy() / 255
-    assert data.mean == pytest.approx(train.mean((0, 2, 3)), abs=5.1e-5)
-    assert data.std == pytest.approx(train.std((0, 2, 3)), abs=5.1e-5)
+    assert data.image_mean == pytest.approx(train.mean((0, 2, 3)), abs=5.1e-5)
+    assert data.image_std == pytest.approx(train.std((0, 2, 3)), abs=5.1e-5)
     elsewhere = data.arrays.input[data.indices(VAL)].numpy() / 255
-    assert data.mean != pytest.approx(elsewhere.mean((0, 2, 3)), abs=5.1e-5), "the comparison can fail"
-    assert all(isinstance(value, float) for value in (*data.mean, *data.std))
-    assert pickle.loads(pickle.dumps(data)).mean == data.mean
+    assert data.image_mean != pytest.approx(elsewhere.mean((0, 2, 3)), abs=5.1e-5), "the comparison can fail"
+    assert all(isinstance(value, float) for value in (*data.image_mean, *data.image_std))
+    assert pickle.loads(pickle.dumps(data)).image_mean == data.image_mean
 
 
 def test_published_and_given_moments() -> None:
     class Published(Noise):
         published_mean, published_std = (0.5, 0.4, 0.3), (0.2, 0.2, 0.1)
 
-    assert Published().mean == [0.5, 0.4, 0.3]
-    assert Published().std == [0.2, 0.2, 0.1]
+    assert Published().image_mean == [0.5, 0.4, 0.3]
+    assert Published().image_std == [0.2, 0.2, 0.1]
     half = Published(mean=[0.1, 0.1, 0.1])
-    assert (half.mean, half.std) == ([0.1, 0.1, 0.1], [0.2, 0.2, 0.1])
+    assert (half.image_mean, half.image_std) == ([0.1, 0.1, 0.1], [0.2, 0.2, 0.1])
     measured = Noise(std=(1.0, 1.0, 1.0))
-    assert (measured.mean, measured.std) == (Noise().mean, [1.0, 1.0, 1.0])
+    assert (measured.image_mean, measured.image_std) == (Noise().image_mean, [1.0, 1.0, 1.0])
 
 
 def test_a_channel_without_contrast_is_not_blown_up() -> None:
@@ -128,7 +128,7 @@ def test_a_channel_without_contrast_is_not_blown_up() -> None:
             return Arrays(torch.full_like(arrays.input, 77), arrays.label, arrays.split, arrays.class_names)
 
     data = Flat()
-    assert min(data.std) == pytest.approx(1 / 255, abs=5e-5)
+    assert min(data.image_std) == pytest.approx(1 / 255, abs=5e-5)
     assert data.transform(next(iter(data.val_dataloader()))).input.abs().max() < 0.1
 
 
@@ -136,7 +136,7 @@ def test_a_channel_without_contrast_is_not_blown_up() -> None:
 def test_moments_of_other_channels_are_refused(name: str) -> None:
     data = Noise(**{name: [0.5]})
     with pytest.raises(DataError, match=f"{name} has 1 values, but the images have 3 channels"):
-        _ = data.mean
+        _ = data.image_mean
 
 
 # --- what a model gets --------------------------------------------------------------------------------------------------------------
@@ -153,7 +153,7 @@ def test_evaluation_equals_torchvision(height: int, width: int, size: int, chann
             v2.ToDtype(torch.float32, scale=True),
             v2.CenterCrop(min(height, width)),
             v2.Resize(size, antialias=True),
-            v2.Normalize(data.mean, data.std),
+            v2.Normalize(data.image_mean, data.image_std),
         ]
     )
     for loader in (data.val_dataloader(), data.eval_train_dataloader()):
@@ -184,7 +184,7 @@ def test_views(views: int, shape: tuple[int, ...]) -> None:
 def test_what_is_linked_to_the_model() -> None:
     data = Noise(shape=(1, 10, 10))
     assert (data.in_channels, data.image_size, data.num_classes) == (1, 10, 4)
-    assert len(data.mean) == len(data.std) == 1
+    assert len(data.image_mean) == len(data.image_std) == 1
     assert Noise(shape=(3, 10, 14), image_size=6).image_size == 6
 
 

@@ -91,22 +91,22 @@ def test_of_mixup_and_cutmix_one_is_drawn_per_batch() -> None:
     images, label = torch.rand(4, 3, 16, 16), torch.arange(4)
     kinds = []
     for _ in range(20):
-        mixed, target = model._mix(images, label)
+        mixed, target = model._mix(images, label, None)
         torch.testing.assert_close(target.sum(1), torch.ones(4))
         kinds.append(bool(((mixed == images) | (mixed == images.roll(1, 0))).all()))
     assert 0 < sum(kinds) < 20
-    assert model._mix(images, label)[0].shape == images.shape
+    assert model._mix(images, label, None)[0].shape == images.shape
     torch.manual_seed(5)
-    first = model._mix(images, label)
+    first = model._mix(images, label, None)
     torch.manual_seed(5)
-    assert all(map(torch.equal, first, model._mix(images, label))), "nothing but torch's global seed decides"
+    assert all(map(torch.equal, first, model._mix(images, label, None))), "nothing but torch's global seed decides"
 
 
 def test_neutral_settings_mix_nothing() -> None:
     images, label = torch.rand(4, 3, 16, 16), torch.arange(4)
     model = shaken()
     state = torch.random.get_rng_state()
-    mixed, target = model._mix(images, label)
+    mixed, target = model._mix(images, label, None)
     assert torch.equal(torch.random.get_rng_state(), state)
     assert mixed is images
     assert target is label
@@ -121,7 +121,7 @@ def test_views_train_like_so_many_images() -> None:
     # Mixing pairs an image with another image, not with its own second view.
     pair = silent(shaken(mixup=1.0))
     shown: list[Tensor] = []
-    pair._mix = lambda images, label: (shown.append(label), (images, label))[1]  # type: ignore[method-assign, func-returns-value]
+    pair._mix = lambda images, label, key: (shown.append(label), (images, label))[1]  # type: ignore[method-assign, func-returns-value]
     pair.training_step((views, label), 0)
     assert shown[0].tolist() == [0, 3, 4, 0, 3, 4]
     with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \(3, 2, 3, 16, 16\)"):
@@ -164,9 +164,9 @@ def test_dropout_comes_before_the_linear_layer() -> None:
     [
         ({"num_classes": 1}, "num_classes must be at least 2, got 1"),
         ({"class_names": ["a"]}, "class_names has 1 entries, but num_classes is 5"),
-        ({"mean": [0.5, 0.5, 0.5]}, "mean and std go together"),
-        ({"mean": [0.5], "std": [0.5]}, "mean has 1 entries, but in_channels is 3"),
-        ({"mean": [0.5] * 3, "std": [0.5, 0, 0.5]}, "std must be positive"),
+        ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean and image_std go together"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "image_mean has 1 entries, but in_channels is 3"),
+        ({"image_mean": [0.5] * 3, "image_std": [0.5, 0, 0.5]}, "image_std must be positive"),
         ({"dropout": 1.5}, r"dropout must lie in \[0, 1\], got 1.5"),
         ({"label_smoothing": -0.1}, "label_smoothing must lie in"),
         ({"mixup": -1.0}, r"mixup must lie in \[0, 100\]"),
@@ -197,7 +197,7 @@ def test_torchvision_is_imported_when_it_is_needed() -> None:
 
 def test_predict_takes_raw_images() -> None:
     mean, std = [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]
-    model = shaken(mean=mean, std=std).train()
+    model = shaken(image_mean=mean, image_std=std).train()
     raw = torch.randint(256, (3, 3, 16, 16), dtype=torch.uint8)
     probability = model.predict(raw)
     assert model.training, "predict leaves the mode as it was"
@@ -217,8 +217,9 @@ def test_predict_brings_images_to_size_as_torchvision_does() -> None:
 
     model = shaken()
     images = [torch.rand(3, 40, 60), torch.rand(3, 16, 16), torch.rand(3, 9, 12), torch.rand(3, 90, 30)]
-    pipeline = transforms.Compose([transforms.Resize(16, antialias=True), transforms.CenterCrop(16)])
-    torch.testing.assert_close(model.predict(images), model(torch.stack([pipeline(image) for image in images])).softmax(1))
+    resize = transforms.Resize((16, 16), antialias=True)
+    squares = [resize(transforms.CenterCrop(min(image.shape[1:]))(image)) for image in images]
+    torch.testing.assert_close(model.predict(images), model(torch.stack(squares)).softmax(1))
     free = shaken(image_size=None)
     torch.testing.assert_close(free.predict(images)[0], free(images[0][None]).softmax(1)[0])
     torch.testing.assert_close(free.predict(images)[3], free(images[3][None]).softmax(1)[0])
@@ -370,3 +371,52 @@ def test_vision_transformer_is_built_for_the_size_of_the_images(tmp_path: Path) 
     litzoo.save(model, tmp_path / "vit.safetensors", {}, half=False)
     images = torch.randn(2, 3, 24, 24)
     assert torch.equal(litzoo.load(tmp_path / "vit.safetensors")(images), model(images))
+
+
+# --- in training -------------------------------------------------------------------------------------------------------
+
+
+def test_mixing_follows_the_keys_of_the_batch_and_leaves_the_global_stream_alone() -> None:
+    """A second pass over the same batch, as SAM makes it, mixes as the first did."""
+    model = shaken(mixup=0.8, cutmix=1.0)
+    images, label = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
+    keys = torch.arange(8) + 2**60
+    torch.manual_seed(0)
+    first, state = model._mix(images, label, keys), torch.get_rng_state()
+    torch.manual_seed(1)
+    torch.rand(3)
+    assert all(map(torch.equal, first, model._mix(images, label, keys)))
+    assert not torch.equal(first[0], model._mix(images, label, keys + 1)[0])
+    torch.manual_seed(0)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_mixing_under_other_default_dtypes(dtype: torch.dtype) -> None:
+    model = shaken(mixup=0.8, cutmix=1.0).to(dtype)
+    torch.set_default_dtype(dtype)
+    try:
+        mixed, target = model._mix(torch.randn(4, 3, 16, 16), torch.arange(4), None)
+        assert torch.get_default_dtype() == dtype
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert mixed.dtype == dtype
+    torch.testing.assert_close(target.sum(1).float(), torch.ones(4))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fit_after_validate(tmp_path: Path) -> None:
+    model = shaken(optimizer=lambda params: torch.optim.SGD(params, lr=0.01), lr_scheduler=None)
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", max_epochs=1, default_root_dir=tmp_path, **quiet)
+    batches = DataLoader([(torch.randn(4, 3, 16, 16), torch.arange(4))] * 2, batch_size=None)
+    trainer.validate(model, batches, verbose=False)
+    trainer.test(model, batches, verbose=False)
+    trainer.fit(model, batches, batches)
+
+
+def test_stored_images_and_images_too_small_are_refused_with_a_cure() -> None:
+    with pytest.raises(ValueError, match="give the trainer the DataModule itself"):
+        shaken()(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="'conv4' cannot take images of 4 x 4 pixels"):
+        ImageClassifier(5, backbone="conv4", image_size=4)

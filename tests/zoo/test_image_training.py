@@ -30,7 +30,7 @@ def test_data_tell_the_model_their_images(inside: Path) -> None:
     assert main(["fit", *arguments, *FAST, "--trainer.max_epochs", "1"]) == 0
     known = checkpoint("classifier_digits/version_0")["hyper_parameters"]
     assert (known["in_channels"], known["image_size"], known["num_classes"]) == (1, 16, 10)
-    assert (known["mean"], known["std"]) == ([0.25], [0.5])
+    assert (known["image_mean"], known["image_std"]) == ([0.25], [0.5])
     assert known["backbone"]["name"] == "conv4"
     path = inside / "digits.safetensors"
     assert main(["export", "runs/classifier_digits/version_0/checkpoints/last.ckpt", "--output", str(path)]) == 0

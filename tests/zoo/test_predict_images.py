@@ -28,7 +28,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     for name, model in (
-        ("images", ImageClassifier(3, ["cat", "dog", "owl"], "conv4", image_size=16, mean=MEAN, std=STD)),
+        ("images", ImageClassifier(3, ["cat", "dog", "owl"], "conv4", image_size=16, image_mean=MEAN, image_std=STD)),
         ("grey", ImageClassifier(3, ["cat", "dog", "owl"], "conv4", in_channels=1, image_size=16)),
         ("points", PointNetClassifier(2, ["ball", "rod"], input_transform=False, feature_transform=False)),
         ("numbers", LogisticRegression(2, 2)),

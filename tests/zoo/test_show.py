@@ -59,7 +59,7 @@ def test_views_are_those_of_training(epoch: int, drawn: list[dict[str, Any]], tm
     (call,) = drawn
     assert call["views"].shape == (4, 3, 32, 32, 1)
     data = DigitsDataModule(augmentation="simclr", views=2, seed=5)
-    mean, std = data.mean[0], data.std[0]
+    mean, std = data.image_mean[0], data.image_std[0]
     batches = training_batches(data, epoch)
     index = torch.cat([batch.index for batch in batches])
     views = torch.cat([batch.input for batch in batches])

@@ -160,7 +160,7 @@ def _image_views(data: Any, samples: Tensor, epoch: int, views: int) -> Any:
     # A view depends on its number alone, so the first ones are those of training, however many it takes.
     data.views = views
     images = data.transform(batch).input.view(len(samples), views, data.in_channels, data.image_size, data.image_size)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (data.mean, data.std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (data.image_mean, data.image_std))
     return plot_views(_pictures(batch.input), _pictures((images * std + mean).clamp(0, 1)), _titles(data, samples))
 
 

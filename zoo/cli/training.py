@@ -29,7 +29,7 @@ from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, rese
 LINKS = (
     *("num_classes", "class_names", "class_counts", "num_train"),
     "normalization",  # of point clouds
-    *("in_channels", "image_size", "mean", "std"),  # of images
+    *("in_channels", "image_size", "image_mean", "image_std"),  # of images
 )
 
 

@@ -30,7 +30,16 @@ class MeanClassAccuracy(MulticlassStatScores):
         return recall[support > 0].mean().float() if bool((support > 0).any()) else torch.tensor(0.0, device=support.device)
 
 
-def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
+class EpochMetrics(MetricCollection):
+    """A collection that may be reset in Lightning's evaluation and go on in its training."""
+
+    def reset(self) -> None:
+        # Tensors made in inference mode could not be updated outside of it.
+        with torch.inference_mode(False):
+            super().reset()
+
+
+def classification_metrics(num_classes: int, prefix: str) -> EpochMetrics:
     """Accuracy, mean class accuracy, Matthews correlation (MCC) and expected calibration error (15 bins).
 
     Each is computed once over all samples of an epoch and all processes, never averaged over batches: MCC of a batch that
@@ -47,7 +56,7 @@ def classification_metrics(num_classes: int, prefix: str) -> MetricCollection:
         >>> sorted(classification_metrics(3, "val/"))
         ['val/accuracy', 'val/calibration_error', 'val/mcc', 'val/mean_class_accuracy']
     """
-    return MetricCollection(
+    return EpochMetrics(
         {
             "accuracy": MulticlassAccuracy(num_classes, average="micro"),
             "mean_class_accuracy": MeanClassAccuracy(num_classes),
