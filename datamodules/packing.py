@@ -14,7 +14,7 @@ from torch import Tensor
 from .errors import DataError
 
 # No permission, no room, a read-only file system, a file where a folder is needed.
-_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR)
+_UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 
 
 def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str = "--data.root") -> None:

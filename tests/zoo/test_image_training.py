@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import h5py
+import numpy as np
 import pytest
 import torch
 
@@ -109,3 +111,22 @@ def test_the_digits_recipe_learns(inside: Path) -> None:
     rows = next(Path("runs/classifier_digits/version_0").glob("test_*/metrics.csv")).read_text().splitlines()
     scores = dict(zip(rows[0].split(","), rows[1].split(","), strict=True))
     assert float(scores["test/accuracy"]) > 0.95
+
+
+def test_images_without_labels_are_refused_before_the_first_step(
+    inside: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with h5py.File("images.h5", "w") as file:
+        file["image"] = np.zeros((40, 8, 8, 1), np.uint8)
+        file["label"] = np.arange(40) % 2
+    module = inside / "half_labelled.py"
+    module.write_text(
+        "import torch\nfrom dataclasses import replace\nfrom litzoo.datamodules import HDF5ImagesDataModule\n"
+        "class HalfLabelled(HDF5ImagesDataModule):\n"
+        "    def read(self):\n        arrays = super().read()\n        return replace(arrays, label=torch.where(torch.arange(40) < 20, arrays.label, -1))\n"
+    )
+    data = ["--data", "half_labelled.HalfLabelled", "--data.path", "images.h5", "--data.batch_size", "4"]
+    monkeypatch.syspath_prepend(inside)
+    assert main(["fit", "--model", "ImageClassifier", "--model.backbone", "conv4", *data, *FAST]) == 2
+    assert "training images have no label" in capsys.readouterr().err
+    assert not list(Path("runs").glob("*/*")), "a run that never began leaves no folder"
