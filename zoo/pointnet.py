@@ -18,6 +18,7 @@ from .batch import input_and_label
 from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
 from .functional.points import Normalization, normalize_points
 from .layers.classification_metrics import classification_metrics
+from .layers.pointwise_max import max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
 
 
@@ -62,7 +63,7 @@ class TNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, K, N)` -> `(B, K, K)`."""
-        offset = self.head(self.points(x).amax(dim=2)).view(-1, self.size, self.size)
+        offset = self.head(max_over_points(self.points, x)[0]).view(-1, self.size, self.size)
         return offset + torch.eye(self.size, dtype=offset.dtype, device=offset.device)
 
 
@@ -97,7 +98,7 @@ class PointNet(nn.Module):
         if self.feature_transform is not None:
             transform = self.feature_transform(x)
             x = transform.mT @ x
-        return self.wide(x).amax(dim=2), transform
+        return max_over_points(self.wide, x)[0], transform
 
 
 class PointNetClassifier(LightningModule):

@@ -1,0 +1,214 @@
+"""The fused Linear, BatchNorm, ReLU and maximum against the plain layers: values, gradients, statistics, training."""
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litzoo.zoo import PointNetClassifier
+from litzoo.zoo.layers import pointwise_max
+from litzoo.zoo.layers.pointwise_max import linear_batchnorm_max, max_over_points
+
+
+def layers_of(*widths: int, seed: int = 0, momentum: float | None = 0.1) -> nn.Sequential:
+    """Pointwise layers whose BatchNorms have scales of both signs, shifts and running statistics."""
+    torch.manual_seed(seed)
+    layers = []
+    for narrow, wide in pairwise(widths):
+        norm = nn.BatchNorm1d(wide, momentum=momentum)
+        with torch.no_grad():
+            norm.weight.normal_()
+            norm.bias.normal_()
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+        layers += [nn.Conv1d(narrow, wide, 1, bias=False), norm, nn.ReLU()]
+    return nn.Sequential(*layers).double()
+
+
+def plain(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+    found = layers(x).max(dim=2)
+    return found.values, found.indices
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("widths", [(16, 32), (3, 8, 40)])
+def test_equals_the_plain_layers_in_double_precision(training: bool, momentum: float | None, widths: tuple[int, ...]) -> None:
+    fused, reference = layers_of(*widths, momentum=momentum), layers_of(*widths, momentum=momentum)
+    fused.train(training)
+    reference.train(training)
+    for step in range(3):
+        x = torch.randn(5, widths[0], 30, dtype=torch.float64, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        ours, winner = max_over_points(fused, x)
+        theirs, _ = plain(reference, y)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        weight = torch.randn_like(ours)
+        gradients = torch.autograd.grad((ours * weight).sum(), [x, *fused.parameters()])
+        expected = torch.autograd.grad((theirs * weight).sum(), [y, *reference.parameters()])
+        for found, right in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-12)
+        for (name, found), right in zip(fused.named_buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(
+                found, right, rtol=1e-12, atol=1e-12, msg=lambda text, name=name, step=step: f"{name}, step {step}: {text}"
+            )
+        with torch.no_grad():
+            positive = ours > 0
+            reached = fused.eval()(x).gather(2, winner.unsqueeze(-1)).squeeze(-1)
+            if not training:
+                torch.testing.assert_close(reached[positive], ours[positive], rtol=0, atol=1e-12)
+            fused.train(training)
+
+
+def test_gradcheck() -> None:
+    norm = layers_of(4, 6)[1]
+    x, weight = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    norm.train()
+    assert torch.autograd.gradcheck(
+        lambda x, weight, scale, shift: _function(norm, x, weight, scale, shift), (x, weight, norm.weight, norm.bias)
+    )
+
+
+def _function(norm: nn.BatchNorm1d, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    twin = copy.copy(norm)
+    twin._parameters = {"weight": scale, "bias": shift}
+    twin._buffers = {name: None if value is None else value.clone() for name, value in norm._buffers.items()}
+    return linear_batchnorm_max(x, weight, twin, relu=False)[0]
+
+
+@pytest.mark.parametrize("block", [1, 1000, 10**9])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = layers_of(8, 16), torch.randn(7, 8, 20, dtype=torch.float64)
+    expected = max_over_points(copy.deepcopy(layers), x)
+    monkeypatch.setattr(pointwise_max, "_BLOCK", block)
+    found = max_over_points(layers, x)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("points", [1, 63, 64, 128, 640, 1000])
+def test_argmax_by_groups(points: int) -> None:
+    scores = torch.randn(3, 5, points, generator=torch.Generator().manual_seed(points))
+    assert torch.equal(pointwise_max._argmax(scores), scores.argmax(dim=2))
+
+
+def test_without_running_statistics() -> None:
+    layers, x = layers_of(8, 16), torch.randn(3, 8, 20, dtype=torch.float64)
+    layers[1] = nn.BatchNorm1d(16, track_running_stats=False).double()
+    for training in (True, False):
+        layers.train(training)
+        torch.testing.assert_close(max_over_points(layers, x)[0], plain(layers, x)[0], rtol=0, atol=1e-12)
+
+
+def test_a_single_point_has_no_variance() -> None:
+    layers = layers_of(8, 16)
+    with pytest.raises(ValueError, match="single point"):
+        linear_batchnorm_max(torch.randn(1, 8, 1, dtype=torch.float64), layers[0].weight.squeeze(-1), layers[1])
+
+
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "backward hook", "batchnorm", "activation", "bias", "half", "tracing"])
+def test_plain_layers_where_somebody_would_notice(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = layers_of(8, 16).float(), torch.randn(3, 8, 20)
+    if what == "hook":
+        layers[0].register_forward_hook(lambda module, args, output: output * 2)
+    elif what == "pre-hook":
+        layers[1].register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+    elif what == "backward hook":
+        layers[2].register_full_backward_hook(lambda module, into, out: None)
+    elif what == "batchnorm":
+        layers[1] = nn.InstanceNorm1d(16)
+    elif what == "activation":
+        layers[2] = nn.GELU()
+    elif what == "bias":
+        layers[0] = nn.Conv1d(8, 16, 1)
+    elif what == "half":
+        layers, x = layers.bfloat16(), x.bfloat16()
+    else:
+        monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
+    monkeypatch.setattr(pointwise_max, "linear_batchnorm_max", lambda *args: pytest.fail("fused"))
+    assert torch.equal(max_over_points(layers.eval(), x)[0], plain(layers, x)[0])
+
+
+def test_autocast_is_left_for_the_fused_layers() -> None:
+    layers, x = layers_of(8, 16).float(), torch.randn(3, 8, 20)
+    expected = max_over_points(copy.deepcopy(layers), x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = max_over_points(layers, x)[0]
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+# --- in PointNet -------------------------------------------------------------------------------------------------------
+
+
+def classifier(dtype: torch.dtype = torch.float64) -> PointNetClassifier:
+    torch.manual_seed(0)
+    return PointNetClassifier(5, dropout=0.0, label_smoothing=0.1).to(dtype)
+
+
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pointwise_max, "_fusible", lambda *layers: False)
+
+
+def gradients(model: PointNetClassifier, points: Tensor, label: Tensor) -> list[Tensor]:
+    feature, transform = model._features(points)
+    loss = model._loss(model.head(feature), label, transform)
+    return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def test_pointnet_has_the_gradients_of_the_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    points, label = torch.randn(6, 40, 3, dtype=torch.float64), torch.arange(6) % 5
+    ours = gradients(classifier(), points, label)
+    unfused(monkeypatch)
+    for found, right in zip(ours, gradients(classifier(), points, label), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
+
+
+def test_pointnet_has_the_same_state_dict_and_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = classifier().eval()
+    points = torch.randn(3, 50, 3, dtype=torch.float64)
+    ours = model(points)
+    assert set(model.state_dict()) >= {"backbone.wide.6.weight", "backbone.wide.7.running_var", "backbone.wide.7.num_batches_tracked"}
+    unfused(monkeypatch)
+    torch.testing.assert_close(ours, model(points), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_two_hundred_steps_stay_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train() -> tuple[list[float], dict[str, Tensor]]:
+        # Without transforms: with them, a winner that changes by a rounding makes a chaos of any two runs.
+        torch.manual_seed(0)
+        model = PointNetClassifier(5, dropout=0.0, input_transform=False, feature_transform=False).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.001, momentum=0.9)
+        generator, losses = torch.Generator().manual_seed(1), []
+        for _ in range(200):
+            label = torch.randint(5, (8,), generator=generator)
+            points = torch.randn(8, 24, 3, dtype=torch.float64, generator=generator) * (
+                1 + label[:, None, None] * torch.tensor([0.2, 0.0, 0.1])
+            )
+            feature, transform = model._features(points)
+            loss = model._loss(model.head(feature), label, transform)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses, model.state_dict()
+
+    ours, weights = train()
+    unfused(monkeypatch)
+    theirs, expected = train()
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_checkpointed_double_backward_is_possible() -> None:
+    """The gradient penalty of a critic, for example: everything is made of differentiable operations."""
+    layers = layers_of(4, 8)
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(max_over_points(layers, x)[0].sum(), x, create_graph=True)
+    second: Any = torch.autograd.grad(F.mse_loss(slope, torch.zeros_like(slope)), layers[0].weight)
+    assert torch.isfinite(second[0]).all()
