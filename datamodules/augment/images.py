@@ -124,10 +124,10 @@ def crop_resize(
     size: int,
     mirrored: Tensor | None = None,
     angle: Tensor | None = None,
-    rows: Tensor | None = None,
+    order: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Crop a box of each image, resize it to a square, mirror and rotate it, all in one resampling.
+    """Crop boxes of each image, resize them to squares, mirror and rotate them, all in one resampling.
 
     Without a rotation it is R_y X R_x^T for each channel X, with the weights of bilinear interpolation, widened where the box shrinks
     (antialiasing): what torchvision's `resized_crop(antialias=True)` gives. What a box holds outside of the image is black. With a
@@ -136,11 +136,11 @@ def crop_resize(
 
     Args:
         images: `(M, C, H, W)` uint8, or floats in [0, 1].
-        box: `(B, 4)`: top, left, height and width in pixels, whole numbers.
+        box: `(B, 4)`: top, left, height and width in pixels, whole numbers; B / M boxes of the first image, then of the next.
         size: S, pixels.
         mirrored: `(B,)` bool, which to flip left to right, or None.
         angle: `(B,)` degrees counter-clockwise about the middle, or None.
-        rows: `(B,)` int64, the image that each box is of; None where there is one for each.
+        order: `(B,)` int64, which box the first result is of, which the second and so on; None keeps their order.
         dtype: of the arithmetic and of the result.
 
     Returns:
@@ -152,20 +152,20 @@ def crop_resize(
         torch.Size([2, 3, 64, 64])
     """
     if angle is not None:
-        return _rotated_crop(images if rows is None else images[rows], box, size, mirrored, angle, dtype)
+        views = _rotated_crop(images.repeat_interleave(len(box) // len(images), dim=0), box, size, mirrored, angle, dtype)
+        return views if order is None else views[order]
     count, channels, height, width = images.shape
     # Rows of all channels side by side, so that each axis takes a single product per view.
     stored = images.permute(0, 2, 1, 3).to(dtype, memory_format=torch.contiguous_format).contiguous()
     stored = stored.view(count, height, channels * width)
-    if rows is not None:
-        stored = stored[rows]
     top, left, high, wide = box.unbind(1)
     vertical = _resize_weights(top, high, height, size, None)
     if images.dtype == torch.uint8:
         vertical.mul_(1 / 255)
     horizontal = _resize_weights(left, wide, width, size, mirrored)
-    resized = (vertical.to(dtype) @ stored).view(-1, size * channels, width) @ horizontal.to(dtype).mT
-    return resized.view(-1, size, channels, size).permute(0, 2, 1, 3).contiguous()
+    lines = vertical.to(dtype).view(count, -1, height) @ stored
+    resized = (lines.view(-1, size * channels, width) @ horizontal.to(dtype).mT).view(-1, size, channels, size).permute(0, 2, 1, 3)
+    return resized.contiguous() if order is None else resized.index_select(0, order)
 
 
 def _rotated_crop(images: Tensor, box: Tensor, size: int, mirrored: Tensor | None, angle: Tensor, dtype: torch.dtype) -> Tensor:
@@ -376,8 +376,12 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         >>> normalize(torch.ones(1, 1, 2, 2), [0.5], [0.5]).unique()
         tensor([1.])
     """
+    return _normalize_(images.clone(), mean, std)
+
+
+def _normalize_(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     center, scale = (torch.tensor(values, dtype=images.dtype, device=images.device)[:, None, None] for values in (mean, std))
-    return (images * (1 / scale)).sub_(center / scale)
+    return images.mul_(1 / scale).sub_(center / scale)
 
 
 @cache
@@ -531,16 +535,15 @@ class ImageAugmentation:
         out: Tensor,
     ) -> None:
         """Write the views `(B, V, C, S, S)` of images `(B, C, H, W)` to `out`; `straight` does without anything that depends on values."""
-        batch, views = out.shape[:2]
-        rows = torch.arange(batch, device=key.device).repeat_interleave(views)
         key, draw, out = key.flatten(), draw.flatten(0, 1), out.flatten(0, 1)
         jitter, counts, order = self._draw_jitter(draw), None, None
         if jitter is not None and not straight:
             # Sorted by the place of the hue, so that each place is one slice.
             order = jitter.place[:, _HUE].argsort(stable=True)
             counts = jitter.place[:, _HUE].bincount(minlength=5).tolist()
-            rows, key, draw, jitter = rows[order], key[order], draw[order], _Jitter(*(values[order] for values in jitter))
-        pixels = self._crop(images, rows, draw, size, out.dtype)
+        pixels = self._crop(images, draw, size, order, out.dtype)
+        if jitter is not None and order is not None:
+            key, draw, jitter = key[order], draw[order], _Jitter(*(values[order] for values in jitter))
         if self.randaugment_ops:
             stored = (pixels * 255).round_().to(torch.uint8)
             pixels = randaugment(stored, fold_in(key, _RANDAUGMENT), self.randaugment_ops, self.randaugment_magnitude).to(out.dtype) / 255
@@ -558,18 +561,18 @@ class ImageAugmentation:
             inverted = draw[:, _SOLARIZE] < self.solarize
             pixels = _where(inverted, pixels, straight, lambda part, _: torch.where(part >= threshold, 1 - part, part))
         if mean is not None and std is not None:
-            pixels = normalize(pixels, mean, std)
+            pixels = _normalize_(pixels, mean, std)
         if order is None:
             out.copy_(pixels)
         else:
             out[order] = pixels
 
-    def _crop(self, images: Tensor, rows: Tensor, draw: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    def _crop(self, images: Tensor, draw: Tensor, size: int, order: Tensor | None, dtype: torch.dtype) -> Tensor:
         height, width = images.shape[-2:]
         if self.crop_scale is not None:
             box = _boxes(draw, height, width, self.crop_scale, self.crop_ratio)
         else:
-            box = center_box(images[:1]).expand(len(rows), 4)
+            box = center_box(images[:1]).expand(len(draw), 4)
         if self.padding:
             shift = (draw[:, [_TOP, _LEFT]] * (2 * self.padding + 1)).floor_() - self.padding
             box = torch.cat([box[:, :2] + shift, box[:, 2:]], dim=1)
@@ -577,7 +580,7 @@ class ImageAugmentation:
         angle = None
         if self.rotation:
             angle = (2 * draw[:, _ANGLE] - 1) * self.rotation * (draw[:, _ROTATE] < self.rotation_probability)
-        return crop_resize(images, box, size, mirrored, angle, rows, dtype)
+        return crop_resize(images, box, size, mirrored, angle, order, dtype)
 
     def _draw_jitter(self, draw: Tensor) -> _Jitter | None:
         strengths = (self.brightness, self.contrast, self.saturation)

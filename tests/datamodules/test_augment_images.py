@@ -60,10 +60,15 @@ def test_crop_equals_torchvision(height: int, width: int, size: int, floats: boo
         torch.testing.assert_close(views[index].double(), expected, rtol=0, atol=1e-5)
 
 
-def test_crop_of_boxes_of_chosen_images() -> None:
-    stored, rows = pictures(5), torch.tensor([4, 0, 0, 3])
-    box = crop_boxes(torch.arange(4), 32, 32, (0.2, 1.0))
-    assert torch.equal(crop_resize(stored, box, 20, rows=rows), crop_resize(stored[rows], box, 20))
+@pytest.mark.parametrize("angle", [None, torch.linspace(-30, 30, 15)])
+def test_several_crops_of_each_image_in_another_order(angle: Tensor | None) -> None:
+    stored, order = pictures(5), torch.randperm(15)
+    box, mirrored = crop_boxes(torch.arange(15), 32, 32, (0.2, 1.0)), torch.arange(15) % 2 == 0
+    one_by_one = crop_resize(stored.repeat_interleave(3, dim=0), box, 20, mirrored, angle)
+    torch.testing.assert_close(crop_resize(stored, box, 20, mirrored, angle), one_by_one, rtol=0, atol=1e-6)
+    found = crop_resize(stored, box, 20, mirrored, angle, order)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, one_by_one[order], rtol=0, atol=1e-6)
 
 
 def test_a_whole_box_of_the_same_size_is_the_image() -> None:
