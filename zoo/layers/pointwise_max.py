@@ -114,7 +114,7 @@ def max_over_points(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
     """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU, and take the maximum over the points.
 
     The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where that would
-    change what somebody sees: a hook or another class in the place of one of them, an export, weights in half precision.
+    change what somebody sees: a hook or another class in the place of one of them, an export or a compilation, weights in half precision.
 
     Args:
         layers: `(B, K, N)` -> `(B, C, N)`.
@@ -142,7 +142,7 @@ def max_over_points(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
 def _fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
     if type(conv) is not nn.Conv1d or type(norm) is not nn.BatchNorm1d or type(relu) is not nn.ReLU:
         return False
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # also while exporting
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(layer, name) for layer in (conv, norm, relu) for name in hooks):
