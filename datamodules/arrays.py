@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 from ..zoo.batch import Batch
 from ..zoo.functional.random import fold_in, random_order
 from .errors import DataError
-from .packing import map_images
+from .packing import map_array, map_images
 from .splits import SPLIT_NAMES, TEST, TRAIN, VAL
 
 # Numbers that keep the streams of one seed apart.
@@ -34,7 +34,8 @@ class Arrays:
         class_names: name of each class.
         part: `(M, N)` part labels of points, or None.
         part_names: name of each part; empty without parts.
-        mapped: the packed file that `input` is mapped from, or None. What a worker process is sent is its path, not the data.
+        mapped: the packed file that `input` is mapped from, or None: images from `image`, points from `points` and their `part`. What a
+            worker process is sent is its path, not the data.
     """
 
     input: Tensor
@@ -49,11 +50,26 @@ class Arrays:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.mapped is not None:
             del values["input"]
+            values["part"] = None if self.part is None else ...
         return _rebuild, (values,)
 
 
 def _rebuild(values: dict[str, Any]) -> Arrays:
-    return Arrays(**values) if "input" in values else Arrays(input=map_images(values["mapped"]), **values)
+    path = values["mapped"]
+    if path is None:
+        return Arrays(**values)
+    if values["part"] is ...:
+        values["part"] = map_array(path, "part")
+    return Arrays(input=map_input(path), **values)
+
+
+def map_input(path: Path) -> Tensor:
+    """Memory-map the images or the points of a packed file, whichever it holds."""
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        images = "image" in file
+    return map_images(path) if images else map_array(path, "points")
 
 
 class BatchSampler(DistributedSampler, SequentialSampler):

@@ -14,7 +14,7 @@ from .augment.images import ImageAugmentation, Preset
 from .hdf5_images import read_images
 from .hdf5_reading import resolve_path
 from .images import ImageDataModule
-from .packing import image_dataset
+from .packing import block_dataset
 from .splits import TEST, TRAIN
 
 
@@ -28,7 +28,7 @@ def _pack(path: Path, dataset: Literal["CIFAR10", "CIFAR100"], download: bool) -
         contents = {name: unpickle_arrays(reader.read(), name) for name, reader in members}
         train, test = ([contents[name] for name, _ in names] for names in (known.train_list, known.test_list))
         images = np.concatenate([batch["data"] for batch in train + test]).reshape(-1, 3, 32, 32)
-        image_dataset(file, (len(images), 32, 32, 3))[:] = images.transpose(0, 2, 3, 1)
+        block_dataset(file, "image", (len(images), 32, 32, 3))[:] = images.transpose(0, 2, 3, 1)
         file["split"] = np.repeat(np.array([TRAIN, TEST], np.uint8), [sum(len(batch["data"]) for batch in part) for part in (train, test)])
         meta = contents[known.meta["filename"]]
         file["class_names"] = meta[known.meta["key"]]

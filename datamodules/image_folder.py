@@ -17,7 +17,7 @@ from .augment.images import ImageAugmentation, Preset
 from .errors import DataError
 from .hdf5_reading import resolve_path
 from .images import ImageDataModule
-from .packing import image_dataset, map_images, pack_once
+from .packing import block_dataset, map_images, pack_once, packed_from
 from .pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
 from .splits import TEST, TRAIN, UNUSED, VAL
 
@@ -149,7 +149,7 @@ def _writer(root: Path, pictures: _Pictures, size: int, fit: Fit, color: bool, s
         from tqdm import tqdm
 
         names = pictures.names
-        images = image_dataset(file, (len(names), size, size, 3 if color else 1))
+        images = block_dataset(file, "image", (len(names), size, size, 3 if color else 1))
         blank = np.zeros(images.shape[1:], np.uint8)
         block = max(16, min(512, _BLOCK // blank.size))
         corrupt: dict[int, str] = {}
@@ -292,13 +292,13 @@ class ImageFolderDataModule(ImageDataModule):
         """The file to pack into."""
         name = f"{self.path.name}.{self.size}.{self.fit}.{'rgb' if self.color else 'grey'}.h5"
         if self.pack is not None:
-            if self.pack.is_file() and not (_packed_from(self.pack) or "").startswith(_SOURCE.partition(",")[0]):
+            if self.pack.is_file() and not (packed_from(self.pack) or "").startswith(_SOURCE.partition(",")[0]):
                 raise DataError(
                     f"{self.pack} exists and was not packed from a folder of images: give another file with --data.pack, or delete it"
                 )
             return self.pack / name if self.pack.is_dir() else self.pack
         beside = self.path.parent / name
-        if _packed_from(beside) == source or os.access(beside.parent, os.W_OK):
+        if packed_from(beside) == source or os.access(beside.parent, os.W_OK):
             return beside
         # Folders of the same name must not share a file.
         place = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
@@ -334,14 +334,3 @@ class ImageFolderDataModule(ImageDataModule):
         split = torch.full((len(good),), UNUSED, dtype=torch.uint8)
         split[good] = self.finish_split(pictures.label[good], None if pictures.split is None else pictures.split[good])
         return split
-
-
-def _packed_from(path: Path) -> str | None:
-    """What an existing file was packed from; None if there is none, or it is something else."""
-    import h5py
-
-    try:
-        with h5py.File(path, "r") as file:
-            return file.attrs.get("source")
-    except OSError:
-        return None

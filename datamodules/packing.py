@@ -1,4 +1,4 @@
-"""Images packed once into one HDF5 file, from which they are memory-mapped: nothing is decoded or copied when a training starts."""
+"""Data packed once into one HDF5 file, from which they are memory-mapped: nothing is decoded or copied when a training starts."""
 
 import errno
 import math
@@ -25,7 +25,7 @@ def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str
     Args:
         path: the `.h5` file to make.
         source: what it is made from; a file made from something else is made anew.
-        write: fills an open, empty `h5py.File`; see `image_dataset`.
+        write: fills an open, empty `h5py.File`; see `block_dataset`.
         option: with which another place can be given, for the message.
 
     Raises:
@@ -48,7 +48,7 @@ def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str
         if error.errno not in _UNWRITABLE:
             raise
         raise DataError(
-            f"the packed images cannot be written to {path} ({error.strerror}): give a place with room where you may write, with {option}"
+            f"the packed data cannot be written to {path} ({error.strerror}): give a place with room where you may write, with {option}"
         ) from error
 
 
@@ -80,81 +80,149 @@ def remove_leftovers(path: Path) -> None:
             entry.unlink(missing_ok=True)
 
 
-def _source(path: Path) -> str | None:
-    """What an existing packed file was made from; None if there is none, or a broken one."""
+def packed_from(path: Path) -> str | None:
+    """What a packed file was made from, as `pack_once` was told.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The source; None if there is no such file, a broken one, or one that litzoo did not pack.
+
+    Example:
+        >>> packed_from(Path("data/cifar10.h5"))
+        'cifar-10-python.tar.gz c58f30108f718f92721af3b95e74349a'
+    """
     import h5py
 
     try:
         with h5py.File(path, "r") as file:
-            source = file.attrs.get("source")
+            return file.attrs.get("source")
     except OSError:
         return None
-    if source is None:
-        raise DataError(f"{path} was not packed by litzoo and is left alone: move it away, or read it with HDF5ImagesDataModule")
+
+
+def _source(path: Path) -> str | None:
+    """What an existing packed file was made from; None if there is none, or a broken one; somebody else's is refused."""
+    import h5py
+
+    source = packed_from(path)
+    if source is None and path.is_file() and h5py.is_hdf5(path) and _opens(path):
+        raise DataError(f"{path} was not packed by litzoo and is left alone: move it away, or read it with a DataModule for HDF5 files")
     return source
 
 
-class ImageBlock:
-    """The images of a packed file that is being written, in one contiguous block.
+def _opens(path: Path) -> bool:
+    import h5py
+
+    try:
+        h5py.File(path, "r").close()
+    except OSError:
+        return False
+    return True
+
+
+class ArrayBlock:
+    """An array of a packed file that is being written, in one contiguous block.
 
     Written past h5py, in whose finalisers a Ctrl-C would be lost, and which does not say when the disk is full.
 
     Args:
         path: the file.
+        name: of the array, for messages.
         offset: where the block starts, in bytes.
-        shape: `(N, H, W, C)`.
+        shape: of the whole array.
+        dtype: of its numbers.
     """
 
-    def __init__(self, path: Path, offset: int, shape: tuple[int, int, int, int]) -> None:
+    def __init__(self, path: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.path = path
+        self.name = name
         self.offset = offset
         self.shape = shape
+        self.dtype = dtype
 
-    def __setitem__(self, part: slice, images: np.ndarray) -> None:
+    def __setitem__(self, part: slice, values: np.ndarray) -> None:
         start, stop, _ = part.indices(self.shape[0])
-        if images.shape != (stop - start, *self.shape[1:]) or images.dtype != np.uint8:
+        if values.shape != (stop - start, *self.shape[1:]) or values.dtype != self.dtype:
             raise ValueError(
-                f"images {start} to {stop} must be uint8 of shape {(stop - start, *self.shape[1:])}, got {images.dtype} {images.shape}"
+                f"{self.name} {start} to {stop} must be {self.dtype} of shape {(stop - start, *self.shape[1:])}, "
+                f"got {values.dtype} {values.shape}"
             )
         with self.path.open("r+b", buffering=0) as file:
-            file.seek(self.offset + start * math.prod(self.shape[1:]))
-            left = memoryview(np.ascontiguousarray(images).reshape(-1))  # type: ignore[arg-type]
+            file.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            left = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             while left:
                 left = left[file.write(left) :]
 
 
-def image_dataset(file: Any, shape: tuple[int, int, int, int]) -> ImageBlock:
-    """Make the data set `image` of a packed file, in one contiguous block, so that it can be memory-mapped.
+def block_dataset(file: Any, name: str, shape: tuple[int, ...], dtype: str | np.dtype[Any] = "uint8") -> ArrayBlock:
+    """Make an array of a packed file, in one contiguous block, so that it can be memory-mapped.
 
     Args:
         file: the open `h5py.File`.
-        shape: `(N, H, W, C)`.
+        name: of the array.
+        shape: of the whole array; the first dimension counts the samples.
+        dtype: of its numbers, in the machine's byte order.
 
     Returns:
-        The empty block; assign images to its slices.
+        The empty block; assign arrays of that dtype to its slices.
 
     Example:
-        >>> image_dataset(file, (50000, 32, 32, 3))[:1000] = images
+        >>> block_dataset(file, "image", (50000, 32, 32, 3))[:1000] = images
     """
     import h5py
 
+    kind = np.dtype(dtype)
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    made = h5py.h5d.create(file.id, b"image", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple(shape), dcpl=properties)
-    return ImageBlock(Path(file.filename), made.get_offset(), shape)
+    space = h5py.h5s.create_simple(shape)
+    made = h5py.h5d.create(file.id, name.encode(), h5py.h5t.py_create(kind), space, dcpl=properties)
+    return ArrayBlock(Path(file.filename), name, made.get_offset(), shape, kind)
 
 
-def map_images(path: Path) -> Tensor:
-    """Memory-map the images of an HDF5 file whose `image` is one contiguous, uncompressed block of uint8.
+def map_array(path: Path, name: str) -> Tensor:
+    """Memory-map an array of an HDF5 file that is one contiguous, uncompressed block of native numbers.
 
     The pages are private to the process only if it writes to them, so that workers share them.
 
     Args:
         path: the file.
+        name: of the array.
 
     Returns:
-        `(N, C, H, W)` uint8, a view of the stored `(N, H, W, C)`.
+        The array as it is stored.
+
+    Raises:
+        DataError: if it is stored in another way, or the file is truncated.
+
+    Example:
+        >>> map_array(Path("data/cifar10.h5"), "image").shape
+        torch.Size([60000, 32, 32, 3])
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        array = file[name]
+        offset, shape, dtype = array.id.get_offset(), array.shape, array.dtype
+    if offset is None or not dtype.isnative:
+        raise DataError(f"{path}: {name} is chunked, compressed or of foreign byte order, and cannot be memory-mapped")
+    try:
+        stored = np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
+    except ValueError as error:
+        raise DataError(f"{path} is truncated: delete it, it is made anew ({error})") from error
+    return torch.from_numpy(stored)
+
+
+def map_images(path: Path) -> Tensor:
+    """Memory-map the images of an HDF5 file whose `image` `(N, H, W, C)` is one contiguous block of uint8; see `map_array`.
+
+    Args:
+        path: the file.
+
+    Returns:
+        `(N, C, H, W)` uint8, a view.
 
     Raises:
         DataError: if the images are stored in another way, or the file is truncated.
@@ -163,15 +231,4 @@ def map_images(path: Path) -> Tensor:
         >>> map_images(Path("data/cifar10.h5")).shape
         torch.Size([60000, 3, 32, 32])
     """
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        image = file["image"]
-        offset, shape = image.id.get_offset(), image.shape
-    if offset is None:
-        raise DataError(f"{path}: its images are chunked or compressed and cannot be memory-mapped")
-    try:
-        stored = np.memmap(path, dtype=np.uint8, mode="c", offset=offset, shape=shape)
-    except ValueError as error:
-        raise DataError(f"{path} is truncated: delete it, it is made anew ({error})") from error
-    return torch.from_numpy(stored).permute(0, 3, 1, 2)
+    return map_array(path, "image").permute(0, 3, 1, 2)

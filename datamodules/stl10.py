@@ -16,7 +16,7 @@ from .errors import DataError
 from .hdf5_images import read_images
 from .hdf5_reading import open_hdf5, resolve_path
 from .images import ImageDataModule
-from .packing import image_dataset
+from .packing import block_dataset
 from .splits import TEST, TRAIN, UNUSED, hold_out, thin_out
 
 _SIZE = 96
@@ -51,7 +51,7 @@ def _write(file: Any, members: Members) -> None:
             raise DataError(f"{images} does not hold an image of {_BYTES} bytes for each label in {numbers}: fetch the archive anew")
     stops = np.cumsum(counts).tolist()
     starts = [0, *stops[:-1]]
-    image = image_dataset(file, (stops[-1], _SIZE, _SIZE, 3))
+    image = block_dataset(file, "image", (stops[-1], _SIZE, _SIZE, 3))
     label = np.full(stops[-1], -1)
     for name, reader in members:
         if name in parts:

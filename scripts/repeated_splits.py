@@ -10,6 +10,8 @@ that were scored before in the same folder are not trained again, so an interrup
 
 trains alternatives of the recipe as well, and scores the choice between them: in each split, the one whose checkpoint has the
 lowest validation loss. So no test object of a split has a say in what is scored on it.
+
+With `--same-split` the data keep their own split and only the seed of the training changes: 0, 1, ...
 """
 
 import argparse
@@ -25,12 +27,13 @@ from scipy import stats
 CHOSEN_BY = "val/loss"
 
 
-def run_split(name: str, recipe: str, split: int, runs: Path, options: list[str]) -> dict[str, float]:
+def run_split(name: str, recipe: str, seed: int, runs: Path, same_split: bool, options: list[str]) -> dict[str, float]:
     """Train and score one split in processes of their own; returns the test metrics and the checkpoint's validation loss."""
-    result = runs / f"{name}_split_{split}.json"
+    result = runs / f"{name}_{'seed' if same_split else 'split'}_{seed}.json"
     if not result.is_file():
         shared = ["--config", recipe, "--trainer.default_root_dir", str(runs), "--name", result.stem]
-        shared += ["--data.split_seed", str(split), "--seed_everything", str(split), "--trainer.enable_progress_bar", "false", *options]
+        shared += ["--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", *options]
+        shared += [] if same_split else ["--data.split_seed", str(seed)]
         for command in ("fit", "test"):
             subprocess.run([sys.executable, "-m", "litzoo", command, *shared], check=True, stdout=subprocess.DEVNULL)
         tested = max(runs.glob(f"{result.stem}/version_*/test_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
@@ -42,22 +45,25 @@ def run_split(name: str, recipe: str, split: int, runs: Path, options: list[str]
     return json.loads(result.read_text())
 
 
-def report(title: str, rows: list[dict[str, float]]) -> None:
+def report(title: str, rows: list[dict[str, float]], unit: str) -> None:
     """Print mean and 95 % t interval of each test metric."""
     for name in (key for key in rows[0] if key.startswith("test/")):
         values = np.array([row[name] for row in rows])
         half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else float("nan")
-        print(f"{title}: {name}: {values.mean():.4f} ± {half:.4f} (95 % t interval, {len(values)} splits)")
+        print(f"{title}: {name}: {values.mean():.4f} ± {half:.4f} (95 % t interval, {len(values)} {unit})")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, epilog="options for litzoo fit and test follow --"
+    )
     parser.add_argument("recipe", help="name or file of a recipe whose data have `split_seed`")
-    parser.add_argument("--splits", type=int, default=5)
+    parser.add_argument("--splits", type=int, default=5, help="how many splits, or with --same-split how many seeds (default: 5)")
+    parser.add_argument("--same-split", action="store_true", help="keep the split of the data, change the seed only")
     parser.add_argument("--runs", type=Path, default=Path("runs/repeated_splits"))
     parser.add_argument("--alternative", action="append", default=[], metavar="NAME=OPTIONS", help="more options, under a name; repeatable")
-    parser.add_argument("options", nargs="*", help="options for litzoo fit and test, behind --")
-    arguments = parser.parse_args()
+    own, behind = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
+    arguments = parser.parse_args(own)
     arguments.runs.mkdir(parents=True, exist_ok=True)
     recipe = Path(arguments.recipe).stem
     candidates: dict[str, list[str]] = {recipe: []}
@@ -67,16 +73,18 @@ def main() -> None:
             parser.error(f"--alternative takes NAME=OPTIONS, got {alternative}")
         candidates[f"{recipe}_{name}"] = shlex.split(options)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
-    for split in range(1, arguments.splits + 1):
+    unit, first = ("seeds", 0) if arguments.same_split else ("splits", 1)
+    for seed in range(first, first + arguments.splits):
         for name, options in candidates.items():
-            rows[name].append(run_split(name, arguments.recipe, split, arguments.runs, [*arguments.options, *options]))
-            print(f"split {split}, {name}: " + ", ".join(f"{key} {value:.4f}" for key, value in rows[name][-1].items()), flush=True)
+            rows[name].append(run_split(name, arguments.recipe, seed, arguments.runs, arguments.same_split, [*behind, *options]))
+            values = ", ".join(f"{key} {value:.4f}" for key, value in rows[name][-1].items())
+            print(f"{unit[:-1]} {seed}, {name}: {values}", flush=True)
     for name in candidates:
-        report(name, rows[name])
+        report(name, rows[name], unit)
     if len(candidates) > 1:
-        best = [min(candidates, key=lambda name: rows[name][split][CHOSEN_BY]) for split in range(arguments.splits)]
-        print("chosen on validation, split by split: " + ", ".join(best))
-        report("the choice", [rows[name][split] for split, name in enumerate(best)])
+        best = [min(candidates, key=lambda name: rows[name][place][CHOSEN_BY]) for place in range(arguments.splits)]
+        print(f"chosen on validation, {unit[:-1]} by {unit[:-1]}: " + ", ".join(best))
+        report("the choice", [rows[name][place] for place, name in enumerate(best)], unit)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ def pack_images(path: Path, images: int, side: int, classes: int = 10) -> None:
     import h5py
     import numpy as np
 
-    from litzoo.datamodules.packing import image_dataset
+    from litzoo.datamodules.packing import block_dataset
 
     rng, block = np.random.default_rng(0), 4096
     with h5py.File(path, "w") as file:
-        stored = image_dataset(file, (images, side, side, 3))
+        stored = block_dataset(file, "image", (images, side, side, 3))
         for start in range(0, images, block):
             stop = min(start + block, images)
             stored[start:stop] = rng.integers(0, 256, (stop - start, side, side, 3), dtype=np.uint8)

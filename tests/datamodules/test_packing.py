@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from litzoo.datamodules import DataError
-from litzoo.datamodules.packing import image_dataset, map_images, pack_once
+from litzoo.datamodules.packing import block_dataset, map_array, map_images, pack_once
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 5, 7, 3), dtype=np.uint8)
 
 
 def write(file: Any) -> None:
-    image = image_dataset(file, IMAGES.shape)
+    image = block_dataset(file, "image", IMAGES.shape)
     image[:8] = IMAGES[:8]
     file["label"] = np.arange(20)
     image[8:] = IMAGES[8:]
@@ -58,7 +58,7 @@ def test_packed_once_unless_the_source_changes_or_the_file_is_broken(tmp_path: P
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_what_fails_leaves_what_was_there(tmp_path: Path, error: type[BaseException]) -> None:
     def fail(file: Any) -> None:
-        image_dataset(file, IMAGES.shape)[:8] = IMAGES[:8]
+        block_dataset(file, "image", IMAGES.shape)[:8] = IMAGES[:8]
         raise error
 
     path = tmp_path / "a.h5"
@@ -107,7 +107,7 @@ def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_block_of_another_shape_is_refused(tmp_path: Path, images: np.ndarray) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         with pytest.raises(ValueError, match="must be uint8 of shape"):
-            image_dataset(file, IMAGES.shape)[:8] = images
+            block_dataset(file, "image", IMAGES.shape)[:8] = images
 
 
 @pytest.mark.parametrize("settings", [{"chunks": (5, 5, 7, 3)}, {"compression": "gzip"}])
@@ -116,3 +116,22 @@ def test_chunks_cannot_be_mapped(tmp_path: Path, settings: dict[str, Any]) -> No
         file.create_dataset("image", data=IMAGES, **settings)
     with pytest.raises(DataError, match="cannot be memory-mapped"):
         map_images(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("dtype", ["<f4", "<i8", "<f2"])
+def test_an_array_of_any_numbers_is_mapped(tmp_path: Path, dtype: str) -> None:
+    values = np.random.default_rng(0).normal(size=(6, 4, 3)).astype(dtype)
+
+    def write(file: Any) -> None:
+        block = block_dataset(file, "points", values.shape, dtype)
+        block[:4], block[4:] = values[:4], values[4:]
+
+    pack_once(tmp_path / "a.h5", "here", write)
+    assert np.array_equal(map_array(tmp_path / "a.h5", "points").numpy(), values)
+
+
+def test_foreign_byte_order_cannot_be_mapped(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["points"] = np.zeros((2, 3), ">f4")
+    with pytest.raises(DataError, match="foreign byte order"):
+        map_array(tmp_path / "a.h5", "points")
