@@ -18,11 +18,13 @@ _EXPORTS = {
     "WarmupCosineLR": "optimization",
     "WeightsError": "pretrained",
     "create_backbone": "backbones",
+    "critical_points": "critical_sets",
     "list_models": "pretrained",
     "load": "pretrained",
     "load_encoder": "pretrained",
     "resolve_backbone": "backbones",
     "save": "pretrained",
+    "upper_bound_points": "critical_sets",
 }
 __all__ = list(_EXPORTS)
 
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from .backbones import create_backbone as create_backbone
     from .backbones import resolve_backbone as resolve_backbone
     from .batch import Batch as Batch
+    from .critical_sets import critical_points as critical_points
+    from .critical_sets import upper_bound_points as upper_bound_points
     from .image_classifier import ImageClassifier as ImageClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
     from .optimization import WarmupCosineLR as WarmupCosineLR

@@ -5,7 +5,7 @@ Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classificatio
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,9 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
 from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
-from .functional.points import Normalization, normalize_points
+from .functional.points import Normalization, VoteBy, normalize_points, voting_views
 from .layers.classification_metrics import classification_metrics
-from .layers.pointwise_max import max_over_points
+from .layers.pointwise_max import Maxima, max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
 
 
@@ -47,7 +47,7 @@ class TNet(nn.Module):
         size: K, channels of the points.
 
     Example:
-        >>> TNet(3)(torch.rand(2, 3, 64)).shape
+        >>> TNet(3)(torch.rand(2, 3, 64))[0].shape
         torch.Size([2, 3, 3])
     """
 
@@ -61,10 +61,29 @@ class TNet(nn.Module):
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, K, N)` -> `(B, K, K)`."""
-        offset = self.head(max_over_points(self.points, x)[0]).view(-1, self.size, self.size)
-        return offset + torch.eye(self.size, dtype=offset.dtype, device=offset.device)
+    def forward(self, x: Tensor) -> tuple[Tensor, Maxima]:
+        """`(B, K, N)` -> transforms `(B, K, K)`, and the maxima they were made from."""
+        maxima = max_over_points(self.points, x)
+        offset = self.head(maxima.value).view(-1, self.size, self.size)
+        return offset + torch.eye(self.size, dtype=offset.dtype, device=offset.device), maxima
+
+
+class PointNetOutput(NamedTuple):
+    """What `PointNet` finds in clouds.
+
+    Attributes:
+        feature: `(B, 1024)`, the global feature.
+        local: `(B, 64, N)`, the transformed features of each point.
+        input_transform: `(B, 3, 3)`, or None without that T-Net.
+        feature_transform: `(B, 64, 64)`, or None without that T-Net.
+        maxima: of every maximum over the points, in the order of the network; the last one is the global feature.
+    """
+
+    feature: Tensor
+    local: Tensor
+    input_transform: Tensor | None
+    feature_transform: Tensor | None
+    maxima: list[Maxima]
 
 
 class PointNet(nn.Module):
@@ -75,8 +94,8 @@ class PointNet(nn.Module):
         feature_transform: align the 64 features of each point by a 64 x 64 T-Net.
 
     Example:
-        >>> feature, transform = PointNet().eval()(torch.rand(2, 128, 3))
-        >>> feature.shape, transform.shape
+        >>> output = PointNet().eval()(torch.rand(2, 128, 3))
+        >>> output.feature.shape, output.feature_transform.shape
         (torch.Size([2, 1024]), torch.Size([2, 64, 64]))
     """
 
@@ -89,16 +108,22 @@ class PointNet(nn.Module):
         self.feature_transform = TNet(64) if feature_transform else None
         self.wide = shared_mlp(64, 64, 128, self.num_features)
 
-    def forward(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`(B, N, 3)` -> global feature `(B, 1024)` and feature transform `(B, 64, 64)` or None."""
+    def forward(self, points: Tensor) -> PointNetOutput:
+        """Clouds `(B, N, 3)` -> global feature, local features, transforms and maxima."""
+        maxima: list[Maxima] = []
+        input_transform = feature_transform = None
+        x = points.mT
         if self.input_transform is not None:
-            points = points @ self.input_transform(points.mT)
-        x = self.local(points.mT)
-        transform = None
+            input_transform, found = self.input_transform(x)
+            x = (points @ input_transform).mT
+            maxima.append(found)
+        x = self.local(x)
         if self.feature_transform is not None:
-            transform = self.feature_transform(x)
-            x = transform.mT @ x
-        return max_over_points(self.wide, x)[0], transform
+            feature_transform, found = self.feature_transform(x)
+            x = feature_transform.mT @ x
+            maxima.append(found)
+        maxima.append(max_over_points(self.wide, x))
+        return PointNetOutput(maxima[-1].value, x, input_transform, feature_transform, maxima)
 
 
 class PointNetClassifier(LightningModule):
@@ -122,6 +147,8 @@ class PointNetClassifier(LightningModule):
         class_weights: "balanced" weighs classes inversely to their frequency.
         orthogonality_weight: weight of the regulariser; the paper's 0.001.
         normalization: how clouds are normalised before they get here; `predict` applies it to raw clouds.
+        votes: views of each test cloud whose probabilities are averaged; 1 takes the cloud as it is.
+        vote_by: what the views are: see `voting_views`.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
@@ -149,11 +176,15 @@ class PointNetClassifier(LightningModule):
         class_weights: Literal["none", "balanced"] = "none",
         orthogonality_weight: float = 1e-3,
         normalization: Normalization = "unit_sphere",
+        votes: int = 1,
+        vote_by: VoteBy = "yaw",
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3, weight_decay=0.05),
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
         _check_settings(num_classes, class_names, class_counts, dropout, label_smoothing, focal_gamma, class_weights)
+        if votes < 1:
+            raise ValueError(f"votes must be at least 1, got {votes}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -162,6 +193,8 @@ class PointNetClassifier(LightningModule):
         self.focal_gamma = focal_gamma
         self.orthogonality_weight = orthogonality_weight
         self.normalization: Normalization = normalization
+        self.votes = votes
+        self.vote_by: VoteBy = vote_by
 
         self.backbone = PointNet(input_transform, feature_transform)
         self.head = nn.Sequential(mlp(self.backbone.num_features, 512, 256), nn.Dropout(dropout), nn.Linear(256, num_classes))
@@ -176,18 +209,20 @@ class PointNetClassifier(LightningModule):
 
     def forward(self, points: Tensor) -> Tensor:
         """Points `(B, N, 3)` -> logits `(B, C)`."""
-        return self.head(self._features(points)[0])
+        return self.head(self._output(points).feature)
 
     def encode(self, points: Tensor) -> Tensor:
         """Points `(B, N, 3)` -> global feature `(B, 1024)`, before the classification head."""
-        return self._features(points)[0]
+        return self._output(points).feature
 
     @torch.no_grad()
-    def predict(self, clouds: Tensor | Sequence[Tensor]) -> Tensor:
+    def predict(self, clouds: Tensor | Sequence[Tensor], votes: int = 1, vote_by: VoteBy = "yaw") -> Tensor:
         """Class probabilities of raw clouds: normalises them as in training and runs in evaluation mode.
 
         Args:
             clouds: `(B, N, 3)`, one cloud `(N, 3)`, or a sequence of clouds of different sizes.
+            votes: views of each cloud whose probabilities are averaged; 1 takes the cloud as it is.
+            vote_by: what the views are: see `voting_views`.
 
         Returns:
             `(B, C)` float32 probabilities, on the model's device.
@@ -199,12 +234,17 @@ class PointNetClassifier(LightningModule):
         was_training = self.training
         self.eval()
         try:
-            logits = [self(normalize_points(group.to(self.device, torch.float32), self.normalization)) for group in groups]
+            normalized = [normalize_points(group.to(self.device, torch.float32), self.normalization) for group in groups]
+            return torch.cat([self._vote(group, votes, vote_by) for group in normalized])
         finally:
             self.train(was_training)
-        return torch.cat(logits).float().softmax(dim=1)
 
-    def _features(self, points: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _vote(self, points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
+        """Probabilities `(B, C)` of clouds `(B, N, 3)`, their mean over the views."""
+        views = voting_views(points, votes, vote_by)
+        return self(views.flatten(0, 1)).float().softmax(dim=1).view(len(points), votes, -1).mean(dim=1)
+
+    def _output(self, points: Tensor) -> PointNetOutput:
         if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
             raise ValueError(f"PointNet takes clouds of shape (batch, points, 3), got {tuple(points.shape)}")
         if self.training and points.shape[0] == 1:
@@ -222,9 +262,9 @@ class PointNetClassifier(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         points, label = input_and_label(batch)
-        feature, transform = self._features(points)
-        logits = self.head(feature)
-        loss = self._loss(logits, label, transform)
+        output = self._output(points)
+        logits = self.head(output.feature)
+        loss = self._loss(logits, label, output.feature_transform)
         self.train_accuracy.update(logits.detach(), label)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
@@ -232,7 +272,7 @@ class PointNetClassifier(LightningModule):
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
         points, label = input_and_label(batch)
-        logits = self(points)
+        logits = self(points) if stage == "val" or self.votes == 1 else self._vote(points, self.votes, self.vote_by).log()
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
         self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
@@ -257,7 +297,7 @@ class PointNetClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Probabilities `(B, C)`; the clouds of a DataModule are normalised already."""
         points = batch if isinstance(batch, Tensor) else input_and_label(batch)[0]
-        return self(points).float().softmax(dim=1)
+        return self._vote(points, self.votes, self.vote_by)
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)

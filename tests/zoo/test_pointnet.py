@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from litzoo.zoo import Batch, PointNetClassifier
-from litzoo.zoo.functional.points import unit_box, unit_sphere
+from litzoo.zoo.functional.points import VoteBy, unit_box, unit_sphere, voting_views
 from litzoo.zoo.pointnet import PointNet, TNet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -81,7 +82,8 @@ def test_forward_against_a_loop_over_points(input_transform: bool, feature_trans
     model = shaken(input_transform=input_transform, feature_transform=feature_transform)
     clouds = torch.randn(3, 20, 3)
     with torch.no_grad():
-        feature, transform = model.double().backbone(clouds.double())
+        output = model.double().backbone(clouds.double())
+        feature, transform = output.feature, output.feature_transform
         logits = model(clouds.double())
         single = shaken(input_transform=input_transform, feature_transform=feature_transform)(clouds)
     for i, cloud in enumerate(clouds):
@@ -101,9 +103,12 @@ def test_shapes() -> None:
     model = shaken()
     assert model(torch.randn(2, 33, 3)).shape == (2, 5)
     assert model.encode(torch.randn(2, 33, 3)).shape == (2, 1024)
-    feature, transform = PointNet().eval()(torch.randn(2, 33, 3))
-    assert feature.shape == (2, 1024)
-    assert transform.shape == (2, 64, 64)
+    output = PointNet().eval()(torch.randn(2, 33, 3))
+    assert output.feature.shape == (2, 1024)
+    assert output.local.shape == (2, 64, 33)
+    assert output.input_transform.shape == (2, 3, 3)
+    assert output.feature_transform.shape == (2, 64, 64)
+    assert len(output.maxima) == 3
 
 
 def test_number_of_parameters() -> None:
@@ -114,7 +119,7 @@ def test_number_of_parameters() -> None:
 @pytest.mark.parametrize("size", [3, 64])
 @pytest.mark.parametrize("training", [True, False])
 def test_transforms_start_at_the_identity(size: int, training: bool) -> None:
-    transform = TNet(size).train(training)(torch.randn(4, size, 30))
+    transform = TNet(size).train(training)(torch.randn(4, size, 30))[0]
     assert torch.equal(transform, torch.eye(size).expand(4, size, size))
 
 
@@ -340,3 +345,61 @@ def test_two_processes_average_the_gradients_of_their_shards(tmp_path: Path, two
     script.write_text(DDP_SCRIPT)
     two_processes(script, tmp_path / "result")
     assert (tmp_path / "result").read_text() == "equal"
+
+
+# --- voting ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vote_by", ["yaw", "subsample"])
+def test_votes_are_the_mean_over_views_that_differ(vote_by: VoteBy) -> None:
+    model, clouds = shaken(normalization="none"), torch.randn(3, 40, 3)
+    votes = model.predict(clouds, votes=5, vote_by=vote_by)
+    views = voting_views(clouds, 5, vote_by)
+    singly = torch.stack([model.predict(views[:, number]) for number in range(5)])
+    torch.testing.assert_close(votes, singly.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert (singly.std(dim=0) > 1e-4).any()
+    assert not torch.allclose(votes, model.predict(clouds), atol=1e-4)
+    torch.testing.assert_close(model.predict(list(clouds), votes=5, vote_by=vote_by), votes, rtol=1e-4, atol=1e-5)
+
+
+def test_the_test_votes_and_the_validation_does_not(tmp_path: Path) -> None:
+    clouds, label = torch.randn(12, 40, 3), torch.arange(12) % 5
+    loader = DataLoader(TensorDataset(clouds, label), batch_size=4)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    plain, voting = shaken(), shaken(votes=4)
+    metrics = [trainer.test(model, loader, verbose=False)[0]["test/loss"] for model in (plain, voting)]
+    assert metrics[0] != metrics[1]
+    voting.normalization = "none"  # a loader's clouds are normalised already
+    probabilities = voting.predict(clouds, votes=4)
+    assert metrics[1] == pytest.approx(F.nll_loss(probabilities.log(), label).item(), rel=1e-4)
+    losses = [trainer.validate(model, loader, verbose=False)[0]["val/loss"] for model in (plain, voting)]
+    assert losses[0] == losses[1]
+
+
+def test_a_single_vote_is_the_cloud_itself() -> None:
+    clouds = torch.randn(2, 9, 3)
+    assert torch.equal(voting_views(clouds, 1, "subsample"), clouds.unsqueeze(1))
+
+
+def test_yaw_views_are_turned_about_the_vertical_axis() -> None:
+    clouds = torch.randn(2, 9, 3, dtype=torch.float64)
+    views = voting_views(clouds, 4, "yaw")
+    quarter = torch.stack([clouds[..., 2], clouds[..., 1], -clouds[..., 0]], dim=-1)
+    torch.testing.assert_close(views[:, 0], clouds)
+    torch.testing.assert_close(views[:, 1], quarter, rtol=0, atol=1e-12)
+
+
+def test_subsampled_views_are_halves_without_repeats() -> None:
+    clouds = torch.arange(2 * 31 * 3.0).view(2, 31, 3)
+    views = voting_views(clouds, 6, "subsample")
+    assert views.shape == (2, 6, 16, 3)
+    chosen = [set(view[:, 0].tolist()) for view in views[0]]
+    assert all(len(points) == 16 for points in chosen)
+    assert len({frozenset(points) for points in chosen}) == 6
+    assert torch.equal(views, voting_views(clouds, 6, "subsample"))
+
+
+@pytest.mark.parametrize(("votes", "vote_by"), [(0, "yaw"), (2, "pitch")])
+def test_impossible_votes_are_refused(votes: int, vote_by: VoteBy) -> None:
+    with pytest.raises(ValueError, match="votes must be at least 1 and vote_by one of yaw, subsample"):
+        voting_views(torch.randn(1, 4, 3), votes, vote_by)

@@ -154,8 +154,8 @@ def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients(model: PointNetClassifier, points: Tensor, label: Tensor) -> list[Tensor]:
-    feature, transform = model._features(points)
-    loss = model._loss(model.head(feature), label, transform)
+    output = model._output(points)
+    loss = model._loss(model.head(output.feature), label, output.feature_transform)
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
@@ -189,8 +189,8 @@ def test_two_hundred_steps_stay_together(monkeypatch: pytest.MonkeyPatch) -> Non
             points = torch.randn(8, 24, 3, dtype=torch.float64, generator=generator) * (
                 1 + label[:, None, None] * torch.tensor([0.2, 0.0, 0.1])
             )
-            feature, transform = model._features(points)
-            loss = model._loss(model.head(feature), label, transform)
+            output = model._output(points)
+            loss = model._loss(model.head(output.feature), label, output.feature_transform)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

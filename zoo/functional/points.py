@@ -1,11 +1,15 @@
-"""Point clouds: bringing them to a common position and size."""
+"""Point clouds: bringing them to a common position and size, and views of them to vote over."""
 
+import math
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .random import fold_in, random_order
+
 Normalization = Literal["unit_sphere", "unit_box", "none"]
+VoteBy = Literal["yaw", "subsample"]
 
 
 def _floor(dtype: torch.dtype) -> float:
@@ -13,13 +17,14 @@ def _floor(dtype: torch.dtype) -> float:
     return max(1e-12, torch.finfo(dtype).tiny)
 
 
-def unit_sphere(points: Tensor) -> Tensor:
+def unit_sphere(points: Tensor, count: Tensor | None = None) -> Tensor:
     """Centre each cloud on its mean and scale it so that its farthest point lies on the unit sphere.
 
     x' = (x - mean(x)) / max_i ||x_i - mean(x)||. A cloud whose points all coincide becomes all zeros.
 
     Args:
         points: `(..., N, 3)` float.
+        count: `(...,)` int64: the mean is that of so many points of a cloud, behind which they are repeated; None means all N.
 
     Returns:
         The same shape and dtype.
@@ -30,7 +35,12 @@ def unit_sphere(points: Tensor) -> Tensor:
     """
     # From the first point first: the mean of equal numbers need not be that number, and this is more exact far from the origin.
     centred = points - points[..., :1, :]
-    centred = centred - centred.mean(dim=-2, keepdim=True)
+    if count is None:
+        mean = centred.mean(dim=-2, keepdim=True)
+    else:
+        own = torch.arange(points.shape[-2], device=points.device) < count[..., None]
+        mean = (centred * own[..., None]).sum(dim=-2, keepdim=True) / count[..., None, None]
+    centred = centred - mean
     radius = centred.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
     return centred / radius.clamp_min(_floor(points.dtype))
 
@@ -55,12 +65,13 @@ def unit_box(points: Tensor) -> Tensor:
     return (points - low) / extent.clamp_min(_floor(points.dtype))
 
 
-def normalize_points(points: Tensor, normalization: Normalization) -> Tensor:
+def normalize_points(points: Tensor, normalization: Normalization, count: Tensor | None = None) -> Tensor:
     """Apply the normalisation of that name.
 
     Args:
         points: `(..., N, 3)` float.
         normalization: "unit_sphere", "unit_box" or "none".
+        count: `(...,)` int64, how many points each cloud has, behind which they are repeated; None means all N.
 
     Returns:
         The same shape and dtype.
@@ -74,9 +85,47 @@ def normalize_points(points: Tensor, normalization: Normalization) -> Tensor:
         True
     """
     if normalization == "unit_sphere":
-        return unit_sphere(points)
+        return unit_sphere(points, count)
     if normalization == "unit_box":
         return unit_box(points)
     if normalization == "none":
         return points
     raise ValueError(f"normalization must be one of {', '.join(get_args(Normalization))}; got {normalization!r}")
+
+
+def voting_views(points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
+    """Views of each cloud whose predictions are to be averaged; they really differ, so that averaging can help.
+
+    "yaw" turns the cloud about the vertical y axis by 0, 1/V, ... of a full turn, as the authors' evaluation does; it suits models
+    that were trained with such rotations. "subsample" takes random halves of the points, the same on every call.
+
+    Args:
+        points: `(B, N, 3)` float.
+        votes: V, views of each cloud; a single one is the cloud as it is.
+        vote_by: "yaw" or "subsample".
+
+    Returns:
+        `(B, V, N, 3)`, for "subsample" and more than one vote `(B, V, ceil(N / 2), 3)`.
+
+    Raises:
+        ValueError: if there are no votes, or `vote_by` is another.
+
+    Example:
+        >>> voting_views(torch.rand(2, 64, 3), 12, "yaw").shape
+        torch.Size([2, 12, 64, 3])
+
+    Source:
+        Qi et al., "PointNet", CVPR 2017: `num_votes` of the authors' evaluation.
+    """
+    if votes < 1 or vote_by not in get_args(VoteBy):
+        raise ValueError(f"votes must be at least 1 and vote_by one of {', '.join(get_args(VoteBy))}; got {votes} and {vote_by!r}")
+    if votes == 1:
+        return points.unsqueeze(1)
+    if vote_by == "yaw":
+        angle = torch.arange(votes, device=points.device, dtype=points.dtype) * (2 * math.pi / votes)
+        cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+        turn = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], dim=-1).view(votes, 3, 3)
+        return points.unsqueeze(1) @ turn.mT
+    half = -(-points.shape[1] // 2)
+    order = random_order(fold_in(0, torch.arange(votes, device=points.device)), points.shape[1])[:, :half]
+    return points[:, order]

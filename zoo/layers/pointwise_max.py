@@ -1,10 +1,27 @@
 """Linear, BatchNorm and ReLU for every point, then the maximum over the points, without ever holding the wide features' gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+class Maxima(NamedTuple):
+    """What a maximum over the points of each cloud found.
+
+    Attributes:
+        value: `(B, C)`, the maximum of each channel.
+        point: `(B, C)` int64, the point that attains it; of equal ones any.
+
+    Example:
+        >>> Maxima(torch.tensor([[0.5]]), torch.tensor([[7]])).point
+        tensor([[7]])
+    """
+
+    value: Tensor
+    point: Tensor
+
 
 # Scores that are held at a time, numbers.
 _BLOCK = 1 << 22
@@ -43,7 +60,7 @@ def _argmax(scores: Tensor) -> Tensor:
     return (group * _GROUP + groups.view(-1, _GROUP).index_select(0, row).argmax(dim=1)).view(batch, channels)
 
 
-def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> tuple[Tensor, Tensor]:
+def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> Maxima:
     """max over points of relu(BatchNorm(W x)), and which point wins, equal to the plain layers and much cheaper.
 
     BatchNorm and ReLU are monotone in each channel, so the maximum is taken over W x (the minimum where gamma < 0) and they are
@@ -58,7 +75,7 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
         relu: whether a ReLU comes before the maximum.
 
     Returns:
-        Maxima `(B, C)`, and the winning points `(B, C)` int64; of equal points any.
+        The maxima `(B, C)` and the winning points `(B, C)`.
 
     Raises:
         ValueError: if a training batch has a single point in all, which has no variance.
@@ -95,7 +112,7 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
         assert norm.running_var is not None
         mean, variance = norm.running_mean, norm.running_var
     value = (best - mean) * (variance + norm.eps).rsqrt() * norm.weight + norm.bias
-    return F.relu(value) if relu else value, winner
+    return Maxima(F.relu(value) if relu else value, winner)
 
 
 @torch.no_grad()
@@ -110,7 +127,7 @@ def _update(norm: nn.BatchNorm1d, mean: Tensor, variance: Tensor) -> None:
     norm.running_var.lerp_(variance.to(norm.running_var.dtype), share)
 
 
-def max_over_points(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
+def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
     """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU, and take the maximum over the points.
 
     The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where that would
@@ -121,17 +138,17 @@ def max_over_points(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
         x: `(B, K, N)`.
 
     Returns:
-        Maxima `(B, C)`, and the winning points `(B, C)` int64; of equal points any.
+        The maxima `(B, C)` and the winning points `(B, C)`.
 
     Example:
         >>> layers = nn.Sequential(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())
-        >>> max_over_points(layers, torch.rand(2, 3, 64))[0].shape
+        >>> max_over_points(layers, torch.rand(2, 3, 64)).value.shape
         torch.Size([2, 8])
     """
     conv, norm, relu = layers[-3:]
     if not _fusible(conv, norm, relu):
         found = layers(x).max(dim=2)
-        return found.values, found.indices
+        return Maxima(found.values, found.indices)
     assert isinstance(conv, nn.Conv1d)
     assert isinstance(norm, nn.BatchNorm1d)
     x = layers[:-3](x)
