@@ -25,6 +25,7 @@ _EXPORTS = {
     "ImageAugmentation": "augment.images",
     "ImageDataModule": "images",
     "PointAugmentation": "augment.points",
+    "PointsDataModule": "points",
 }
 __all__ = list(_EXPORTS)
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .image_folder import ImageFolderDataModule as ImageFolderDataModule
     from .images import ImageDataModule as ImageDataModule
     from .patients import PatientsDataModule as PatientsDataModule
+    from .points import PointsDataModule as PointsDataModule
     from .stl10 import STL10DataModule as STL10DataModule
 
 

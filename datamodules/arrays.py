@@ -36,6 +36,7 @@ class Arrays:
         part_names: name of each part; empty without parts.
         mapped: the packed file that `input` is mapped from, or None: images from `image`, points from `points` and their `part`. What a
             worker process is sent is its path, not the data.
+        count: `(M,)` int64, how many points each cloud has; behind them, its points come again from the first on. None if all are full.
     """
 
     input: Tensor
@@ -45,6 +46,7 @@ class Arrays:
     part: Tensor | None = None
     part_names: tuple[str, ...] = ()
     mapped: Path | None = None
+    count: Tensor | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

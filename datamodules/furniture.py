@@ -24,6 +24,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
         val_fraction: share of validation clouds, where `split_seed` draws a new split.
         test_fraction: share of test clouds, where `split_seed` draws a new split.
         split_seed: draw a new stratified split with this seed; None keeps the file's.
+        balanced: whether every class comes equally often in a training epoch.
         batch_size: training samples in a batch of one process.
         eval_batch_size: samples in an evaluation batch; None means twice `batch_size`.
         num_workers: loader processes; 0 is the fastest for data in memory.
@@ -43,6 +44,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.15,
         split_seed: int | None = None,
+        balanced: bool = False,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -57,6 +59,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
             val_fraction,
             test_fraction,
             split_seed,
+            balanced,
             batch_size,
             eval_batch_size,
             num_workers,

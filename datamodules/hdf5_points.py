@@ -5,20 +5,15 @@ import os
 import torch
 from torch import Tensor
 
-from ..zoo.batch import Batch
-from ..zoo.functional.points import Normalization, normalize_points
-from ..zoo.functional.random import fold_in
-from .arrays import ArrayDataModule, Arrays
-from .augment.points import PointAugmentation, subsample
+from ..zoo.functional.points import Normalization
+from .arrays import Arrays
+from .augment.points import PointAugmentation
 from .errors import DataError
 from .hdf5_reading import open_hdf5, resolve_path
-from .splits import stratified_split
-
-# Keeps the stream of evaluation subsets apart from the others of a seed.
-_EVALUATION = 4
+from .points import PointsDataModule
 
 
-class HDF5PointsDataModule(ArrayDataModule):
+class HDF5PointsDataModule(PointsDataModule):
     """Point clouds of any HDF5 file with `points` and `label`.
 
     The file holds `points` `(M, N, 3)` float, `label` `(M,)` int, and optionally `split` `(M,)` (0 = train,
@@ -34,6 +29,7 @@ class HDF5PointsDataModule(ArrayDataModule):
         val_fraction: share of validation clouds where the file has no `split`.
         test_fraction: share of test clouds where the file has no `split`.
         split_seed: draw a new stratified split of the same fractions with this seed, also where the file has one.
+        balanced: whether every class comes equally often in a training epoch.
         batch_size: training samples in a batch of one process.
         eval_batch_size: samples in an evaluation batch; None means twice `batch_size`.
         num_workers: loader processes; 0 is the fastest for data in memory.
@@ -58,23 +54,27 @@ class HDF5PointsDataModule(ArrayDataModule):
         val_fraction: float = 0.1,
         test_fraction: float = 0.15,
         split_seed: int | None = None,
+        balanced: bool = False,
         batch_size: int = 32,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        for name, number in (("num_points", num_points), ("eval_points", eval_points)):
-            if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, or null for all points; got {number}")
+        super().__init__(
+            num_points,
+            eval_points,
+            normalization,
+            augmentation,
+            val_fraction,
+            test_fraction,
+            split_seed,
+            balanced,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
         self.path = resolve_path(path)
-        self.num_points = num_points
-        self.eval_points = eval_points
-        self.normalization = normalization
-        self.augmentation = augmentation
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.split_seed = split_seed
 
     def read(self) -> Arrays:
         with open_hdf5(self.path, "clouds", "points", "label") as file:
@@ -84,11 +84,11 @@ class HDF5PointsDataModule(ArrayDataModule):
             part = file.whole_numbers("part") if "part" in file else None
             part_names = file.texts("part_names") if "part_names" in file else ()
             self._check(points, label, split, part)
+            if part is not None and part_names and part.max() >= len(part_names):
+                raise DataError(f"{self.path}: parts run up to {part.max()}, but there are {len(part_names)} part names")
             file.check_labels(label, split, names)
-        if split is None or self.split_seed is not None:
-            split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed or 0)
         names = names if names is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
-        return Arrays(points, label, split.to(torch.uint8), names, part, part_names)
+        return Arrays(points, label, self.finish_split(label, split), names, part, part_names)
 
     def _check(self, points: Tensor, label: Tensor, split: Tensor | None, part: Tensor | None) -> None:
         if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
@@ -103,14 +103,3 @@ class HDF5PointsDataModule(ArrayDataModule):
         bad = (~torch.isfinite(points).all(-1).all(-1)).nonzero().squeeze(1).tolist()
         if bad:
             raise DataError(f"{self.path}: {len(bad)} clouds hold NaN or infinite coordinates, the first at position {bad[0]}: remove them")
-
-    def prepare(self, batch: Batch) -> Batch:
-        points, part = normalize_points(batch.input.float(), self.normalization), batch.part
-        if batch.key is None and self.eval_points is not None:
-            points, part = subsample(points, fold_in(_EVALUATION, batch.index), self.eval_points, part)
-        return batch._replace(input=points, part=part)
-
-    def augment(self, batch: Batch) -> Batch:
-        assert batch.key is not None
-        points, part = self.augmentation(batch.input, batch.key, self.num_points, batch.part)
-        return batch._replace(input=points, part=part)

@@ -50,7 +50,9 @@ def rotation_matrices(key: Tensor, rotation: Rotation) -> Tensor:
     return torch.stack(rows, dim=-1).view(-1, 3, 3)
 
 
-def subsample(points: Tensor, key: Tensor, num_points: int, part: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def subsample(
+    points: Tensor, key: Tensor, num_points: int, part: Tensor | None = None, count: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Keep a random subset of each cloud's points, without replacement; a smaller cloud repeats points.
 
     Args:
@@ -58,6 +60,7 @@ def subsample(points: Tensor, key: Tensor, num_points: int, part: Tensor | None 
         key: `(B,)` int64.
         num_points: how many to keep.
         part: `(B, N)` labels that go with the points, or None.
+        count: `(B,)` int64, in [1, N]: only so many of a cloud's points, from the first on, are taken; None takes from all.
 
     Returns:
         Points `(B, num_points, 3)` and their labels `(B, num_points)` or None.
@@ -68,7 +71,14 @@ def subsample(points: Tensor, key: Tensor, num_points: int, part: Tensor | None 
     """
     length = points.shape[1]
     order = random_order(key, length)
-    order = order.repeat(1, -(-num_points // length))[:, :num_points]
+    if count is None:
+        order = order.repeat(1, -(-num_points // length))[:, :num_points]
+    else:
+        # The places of a cloud's own points in the order, which stays as it is without the others.
+        own = order < count[:, None]
+        place = torch.where(own, own.cumsum(1) - 1, length)
+        own_order = order.new_zeros(len(order), length + 1).scatter_(1, place, order)
+        order = own_order.gather(1, torch.arange(num_points, device=order.device) % count[:, None])
     points = points.gather(1, order.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
     return points, None if part is None else part.gather(1, order)
 
@@ -137,7 +147,12 @@ class PointAugmentation:
             raise ValueError("shift, jitter and jitter_clip must be at least 0")
 
     def __call__(
-        self, points: Tensor, key: Tensor, num_points: int | None = None, part: Tensor | None = None
+        self,
+        points: Tensor,
+        key: Tensor,
+        num_points: int | None = None,
+        part: Tensor | None = None,
+        count: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Augment a batch.
 
@@ -146,12 +161,13 @@ class PointAugmentation:
             key: `(B,)` int64.
             num_points: size of the random subset, or None for all points.
             part: `(B, N)` part labels, or None.
+            count: `(B,)` int64: the subset is taken from so many points of each cloud; None takes it from all.
 
         Returns:
             Points `(B, num_points, 3)` and labels `(B, num_points)` or None.
         """
         if num_points is not None:
-            points, part = subsample(points, fold_in(key, _SUBSAMPLE), num_points, part)
+            points, part = subsample(points, fold_in(key, _SUBSAMPLE), num_points, part, count)
         if self.rotation != "none":
             points = points @ rotation_matrices(fold_in(key, _ROTATE), self.rotation).mT.to(points.dtype)
         if self.scale != (1.0, 1.0):
