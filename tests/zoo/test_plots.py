@@ -15,9 +15,11 @@ from matplotlib.text import Text
 
 from litzoo.zoo.plots.class_frequencies import plot_class_frequencies
 from litzoo.zoo.plots.confusion_matrix import plot_confusion_matrix
+from litzoo.zoo.plots.critical_points import body_of, plot_critical_points
 from litzoo.zoo.plots.decision_boundary import plot_decision_boundary
 from litzoo.zoo.plots.figures import new_figure, save_figure
-from litzoo.zoo.plots.point_clouds import plot_point_clouds
+from litzoo.zoo.plots.parts import plot_part_labels
+from litzoo.zoo.plots.point_clouds import part_palette, plot_point_clouds
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -144,6 +146,96 @@ def test_point_clouds_mistakes() -> None:
         plot_point_clouds([cloud[:, :2]], ["a"])
 
 
+def drawn_points(axes: Axes, layer: int = 0) -> np.ndarray:
+    return np.asarray(axes.collections[layer].get_offsets())
+
+
+def test_critical_points_share_view_and_scale() -> None:
+    draw = np.random.RandomState(0)
+    clouds = [draw.rand(300, 3), draw.rand(200, 3) * [1, 0.1, 1]]
+    critical = [np.arange(0, 300, 10), np.array([3])]
+    upper = [2 * draw.rand(500, 3), np.zeros((0, 3))]
+    figure = plot_critical_points(clouds, critical, upper, ["chair\n98 %", "a very long name that goes on and on\n51 %"])
+    assert_nothing_is_cut_off(figure)
+    assert len(figure.axes) == 6
+    shown = {text.get_text() for text in texts(figure)}
+    assert {"all points", "critical set", "upper bound", "chair\n98 %"} <= shown
+    assert {"300 points", "30 points, 10%", "500 grid points", "200 points", "1 points, 0%", "0 grid points"} <= shown
+    first = figure.axes[:3]
+    assert len({(axes.get_xlim(), axes.get_ylim()) for axes in first}) == 1
+    whole = {tuple(point) for point in drawn_points(first[0])}
+    assert {tuple(point) for point in drawn_points(first[1])} == whole, "the pale cloud"
+    assert len(drawn_points(first[1], 1)) == 30
+    assert {tuple(point) for point in drawn_points(first[1], 1)} < whole
+    every = np.concatenate([drawn_points(axes) for axes in first])
+    assert (every.min(axis=0) >= [first[0].get_xlim()[0], first[0].get_ylim()[0]]).all()
+    assert (every.max(axis=0) <= [first[0].get_xlim()[1], first[0].get_ylim()[1]]).all()
+    assert np.ptp(drawn_points(first[2]), axis=0).max() > 1.5 * np.ptp(drawn_points(first[0]), axis=0).max(), "the shape is twice as large"
+    assert not figure.axes[5].collections
+
+
+def test_critical_points_without_the_upper_bound_and_as_pictures() -> None:
+    cloud = np.random.RandomState(0).randn(50, 3)
+    assert len(plot_critical_points([cloud], [np.arange(5)], None, ["a"]).axes) == 2
+    figure = plot_critical_points([cloud], [np.arange(5)], None, ["a"], [[np.zeros((8, 8, 3)), np.ones((8, 8, 3))]])
+    assert [len(axes.images) for axes in figure.axes] == [1, 1]
+    with pytest.raises(ValueError, match="there are 1 clouds"):
+        plot_critical_points([cloud], [np.arange(5)], [], ["a"])
+
+
+def test_a_body_is_bright_where_it_looks_up() -> None:
+    """A ball of grid points: its top is brighter than its bottom, and the pitch of the grid is found."""
+    axis = np.linspace(-1, 1, 17)
+    grid = np.stack(np.meshgrid(axis, axis, axis), axis=-1).reshape(-1, 3)
+    ball = grid[np.linalg.norm(grid, axis=1) <= 1]
+    colors, pitch = body_of(ball)
+    assert pitch == pytest.approx(0.125)
+    assert colors[ball[:, 1].argmax(), :3].mean() > colors[ball[:, 1].argmin(), :3].mean() + 0.3
+    assert body_of(ball[:1])[0].shape == (1, 4)
+
+
+def test_part_palette_is_distinct() -> None:
+    palette = part_palette(50)
+    assert (part_palette(12) == palette[:12]).all()
+    assert palette.min() >= 0
+    assert palette.max() <= 1
+    apart = np.linalg.norm(palette[:, None] - palette[None], axis=2) + np.eye(50)
+    assert apart.min() > 0.07
+    assert min(apart[first, first + 1] for first in range(49)) > 0.2, "neighbours"
+
+
+def test_part_labels() -> None:
+    draw = np.random.RandomState(0)
+    clouds = [draw.rand(100, 3), draw.rand(60, 3)]
+    truth = [np.repeat([0, 1], 50), np.full(60, 40)]
+    predicted = [np.repeat([0, 1, 2], [50, 40, 10]), np.full(60, 40)]
+    truth[1][:20] = -1  # no part
+    names = [f"part number {part}" for part in range(50)]
+    figure = plot_part_labels(clouds, truth, predicted, ["chair\nIoU 0.9", "lamp"], names)
+    assert_nothing_is_cut_off(figure)
+    shown = [text.get_text() for text in texts(figure)]
+    assert [text for text in shown if text.startswith("part number")] == [f"part number {part}" for part in (0, 1, 2, 40)]
+    assert "10 of 100 points wrong, 10.0%" in shown
+    assert "0 of 40 points wrong, 0.0%" in shown
+    chair, lamp = figure.axes[:3], figure.axes[3:]
+    assert [len(drawn_points(axes)) for axes in (*chair, *lamp)] == [100, 100, 90, 40, 60, 40]
+    wrong = {tuple(point) for point in drawn_points(chair[2], 1)}
+    guesses = np.asarray(chair[1].collections[0].get_facecolor())[:, :3]
+    third = {tuple(point) for point in drawn_points(chair[1])[(guesses == part_palette(50)[2]).all(axis=1)]}
+    assert wrong == third, "what is wrong is what was called part 2"
+    assert len(wrong) == 10
+
+
+def test_part_labels_mistakes() -> None:
+    cloud, part = np.zeros((5, 3)), np.zeros(5, dtype=int)
+    with pytest.raises(ValueError, match="1 clouds, parts of 1 and 0"):
+        plot_part_labels([cloud], [part], [], ["a"], ["leg"])
+    with pytest.raises(ValueError, match="5 points needs a part for each"):
+        plot_part_labels([cloud], [part], [part[:4]], ["a"], ["leg"])
+    with pytest.raises(ValueError, match=r"parts must lie in \[0, 0\], got 0, and predicted 1 to 1"):
+        plot_part_labels([cloud], [part], [part + 1], ["a"], ["leg"])
+
+
 def test_decision_line_is_where_the_classes_meet() -> None:
     """Of a model that says class 1 where x1 + x2 > 1."""
     points = np.random.RandomState(0).rand(200, 2).astype(np.float32)
@@ -206,6 +298,7 @@ def test_failed_save_keeps_the_last_picture(tmp_path: Path, monkeypatch: pytest.
 
 def test_no_global_state() -> None:
     """The figures never import pyplot, so that nothing opens a window or stays in memory."""
-    names = ", ".join(f"litzoo.zoo.plots.{name}" for name in ("class_frequencies", "confusion_matrix", "decision_boundary", "point_clouds"))
+    folder = Path(__file__).resolve().parents[2] / "zoo" / "plots"
+    names = ", ".join(f"litzoo.zoo.plots.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__")
     code = f"import sys, {names}; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

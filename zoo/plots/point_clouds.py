@@ -1,18 +1,39 @@
-"""Point clouds as a sheet of pictures."""
+"""Point clouds as a sheet of pictures, and what other pictures of clouds share with it."""
 
 from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
 
 import numpy as np
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from .figures import INK, SERIES, new_figure
+from .figures import INK, MUTED, SERIES, new_figure, shorten, text_width
 
 _YAW, _PITCH = np.deg2rad(35.0), np.deg2rad(20.0)
 # From far to near.
-_DEPTH = LinearSegmentedColormap.from_list("depth", ["#c3dcf0", "#5b9bcb", "#2a6099", "#132f52"])
+DEPTH = LinearSegmentedColormap.from_list("depth", ["#c3dcf0", "#5b9bcb", "#2a6099", "#132f52"])
 _CELLS = 26
+_SIDE = 1.7  # inches of a picture on the sheet
+_FONT = 9
+
+
+class Frame(NamedTuple):
+    """What a picture shows, so that several clouds can be drawn at the same place and scale.
+
+    Args:
+        middle: `(2,)`, of the picture.
+        reach: from the middle to the left and right edges.
+        height: of what is shown, as a part of the width.
+        depth: of the farthest and of the nearest point.
+    """
+
+    middle: np.ndarray
+    reach: float
+    height: float
+    depth: tuple[float, float]
 
 
 def _view(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,6 +50,195 @@ def _behind(flat: np.ndarray, near: np.ndarray) -> np.ndarray:
     front = np.full((_CELLS, _CELLS), -np.inf)
     np.maximum.at(front, (cell[:, 0], cell[:, 1]), near)
     return near < front[cell[:, 0], cell[:, 1]] - 0.2
+
+
+def cloud_of(points: np.ndarray) -> np.ndarray:
+    """The points as float64.
+
+    Args:
+        points: `(N, 3)`.
+
+    Returns:
+        `(N, 3)` float64.
+
+    Raises:
+        ValueError: if they have another shape.
+
+    Example:
+        >>> cloud_of(np.zeros((5, 3), dtype=np.float32)).dtype
+        dtype('float64')
+    """
+    cloud = np.asarray(points, dtype=np.float64)
+    if cloud.ndim != 2 or cloud.shape[1] != 3 or len(cloud) == 0:
+        raise ValueError(f"a cloud must have shape (points, 3), got {cloud.shape}")
+    return cloud
+
+
+def frame_of(*clouds: np.ndarray) -> Frame:
+    """The smallest square picture that holds some clouds.
+
+    Args:
+        clouds: `(N, 3)` each.
+
+    Returns:
+        The frame.
+
+    Example:
+        >>> frame_of(np.random.rand(512, 3)).reach < 1
+        True
+    """
+    flat, depth = _view(np.concatenate(clouds))
+    middle = (flat.max(axis=0) + flat.min(axis=0)) / 2
+    extent = np.maximum(np.ptp(flat, axis=0), 1e-12) * 1.03
+    return Frame(middle, float(extent.max()) / 2, float(extent[1] / extent.max()), (float(depth.min()), float(depth.max())))
+
+
+def dot_area(number: int, side: float) -> float:
+    """The area of the nearest dots, so that dense clouds cover about as much of a picture as sparse ones.
+
+    Args:
+        number: of points.
+        side: of the picture, in inches.
+
+    Returns:
+        Square points, as matplotlib counts them.
+
+    Example:
+        >>> dot_area(8192, 2.0) < dot_area(1024, 2.0)
+        True
+    """
+    return 3.8 * (side / _SIDE) ** 2 * min(1.6, (2048 / number) ** 0.5)
+
+
+def draw_cloud(axes: Axes, points: np.ndarray, frame: Frame, color: np.ndarray | Colormap, area: float, hidden: float = 0.18) -> None:
+    """Draw a cloud; near points are larger than far ones, and those that lie well behind others almost transparent.
+
+    Args:
+        axes: where; what is between 0 and 1 lies in the frame.
+        points: `(N, 3)`.
+        frame: what the picture shows.
+        color: `(N, 3)` or `(N, 4)` numbers in [0, 1], or a colour map from far to near.
+        area: of the nearest dots, such as `dot_area(N, side)`.
+        hidden: opacity of points behind others.
+
+    Example:
+        >>> cloud = np.random.rand(512, 3)
+        >>> draw_cloud(new_figure(2, 2).add_subplot(), cloud, frame_of(cloud), DEPTH, dot_area(512, 2))
+    """
+    flat, depth = _view(points)
+    far, close = frame.depth
+    near = (depth - far) / max(close - far, 1e-12)
+    flat = (flat - frame.middle) / (2 * frame.reach) + 0.5
+    rgba = np.ones((len(points), 4))
+    if isinstance(color, Colormap):
+        rgba[:] = color(near)
+    else:
+        rgba[:, : color.shape[1]] = color
+    rgba[:, 3] *= np.where(_behind(flat, near), hidden, 0.95)
+    order = np.argsort(depth)
+    axes.scatter(flat[order, 0], flat[order, 1], c=rgba[order], s=area * (0.32 + 0.68 * near[order]), linewidths=0)
+
+
+def _open_frame(axes: Axes, height: float = 1.0) -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0.5 - height / 2, 0.5 + height / 2)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+
+
+def cloud_table(
+    titles: Sequence[str], headers: Sequence[str], frames: Sequence[Frame], beside: float = 0.0, side: float = 2.3
+) -> tuple[Figure, list[list[Axes]]]:
+    """Empty pictures in rows and columns, for `draw_cloud`, with room for a line under each of them.
+
+    Args:
+        titles: one a row, for the left edge; may have several lines.
+        headers: one a column.
+        frames: what the pictures of each row show.
+        beside: inches to keep free on the right.
+        side: width of a picture, in inches.
+
+    Returns:
+        The figure, and the axes of each row.
+
+    Example:
+        >>> cloud = np.random.rand(512, 3)
+        >>> figure, ((stored, turned),) = cloud_table(["chair"], ["stored", "turned"], [frame_of(cloud)])
+    """
+    margin, gap, line = 0.14, 0.1, 0.28
+    names = ["\n".join(shorten(part) for part in title.splitlines()) for title in titles]
+    left = margin + text_width([part for name in names for part in name.splitlines()], _FONT) + 0.14
+    heights = [side * max(frame.height, 0.3) for frame in frames]
+    width = left + (side + gap) * len(headers) + beside + margin
+    height = margin + line + sum(heights) + (line + gap) * len(titles) + margin
+    figure = new_figure(width, height, layout=None)
+    table: list[list[Axes]] = []
+    bottom = height - margin - line
+    for name, high in zip(names, heights, strict=True):
+        bottom -= high
+        middle = (bottom + high / 2) / height
+        figure.text((left - 0.14) / width, middle, name, ha="right", va="center", fontsize=_FONT, color=INK)
+        places = [(left + column * (side + gap)) / width for column in range(len(headers))]
+        table.append([figure.add_axes((place, bottom / height, side / width, high / height)) for place in places])
+        for axes in table[-1]:
+            _open_frame(axes, high / side)
+        bottom -= line + gap
+    for column, header in enumerate(headers):
+        middle = (left + column * (side + gap) + side / 2) / width
+        figure.text(middle, 1 - (margin + line - 0.12) / height, header, ha="center", va="bottom", fontsize=_FONT + 1, color=INK)
+    return figure, table
+
+
+def caption(axes: Axes, text: str) -> None:
+    """Write a line under a picture of `cloud_table`.
+
+    Args:
+        axes: the picture.
+        text: one line.
+
+    Example:
+        >>> caption(new_figure(2, 2).add_subplot(), "2,048 points")
+    """
+    axes.annotate(
+        text, (0.5, 0), (0, -3), xycoords="axes fraction", textcoords="offset points", ha="center", va="top", fontsize=8, color=MUTED
+    )
+
+
+@cache
+def part_palette(number: int) -> np.ndarray:
+    """Colours of parts: those of all series, then always the one that differs most from those before, and most of all from the last ones.
+
+    Args:
+        number: of colours.
+
+    Returns:
+        `(number, 3)` in [0, 1]; a longer palette starts with the shorter one.
+
+    Example:
+        >>> part_palette(50).shape
+        (50, 3)
+    """
+    chosen = [np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)]) for code in SERIES[:number]]
+    levels = np.linspace(0.08, 0.92, 15)
+    candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
+    places = _perceived(candidates)
+    chroma = np.hypot(places[:, 1], places[:, 2])
+    # Neither pale on white, nor like the ink, nor grey, which stands for what has no part, nor glaring.
+    usable = (places[:, 0] > 0.38) & (places[:, 0] < 0.84) & (chroma > 0.07) & (chroma < 0.18)
+    candidates, places = candidates[usable], places[usable]
+    while len(chosen) < number:
+        apart = np.linalg.norm(places[:, None] - _perceived(np.array(chosen))[None], axis=2)
+        # Parts of one object mostly have numbers that lie side by side.
+        apart[:, -8:] *= 0.6
+        chosen.append(candidates[apart.min(axis=1).argmax()])
+    return np.array(chosen)
+
+
+def _perceived(rgb: np.ndarray) -> np.ndarray:
+    """sRGB `(..., 3)` as OKLab, where distances are about as large as they look."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    cones = linear @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
+    return np.cbrt(cones) @ np.array([[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]])
 
 
 def plot_point_clouds(
@@ -60,35 +270,21 @@ def plot_point_clouds(
     values = None if colors is None else [np.asarray(color) for color in colors]
     low, high = (0.0, 1.0) if values is None else (min(float(v.min()) for v in values), max(float(v.max()) for v in values))
 
-    figure = new_figure(1.7 * columns, 1.9 * rows)
+    figure = new_figure(_SIDE * columns, 1.9 * rows)
     figure.set_layout_engine(ConstrainedLayoutEngine(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.02))
     for position, (cloud, title) in enumerate(zip(clouds, titles, strict=True)):
-        points = np.asarray(cloud, dtype=np.float64)
-        if points.ndim != 2 or points.shape[1] != 3 or len(points) == 0:
-            raise ValueError(f"a cloud must have shape (points, 3), got {points.shape}")
-        flat, depth = _view(points)
-        near = (depth - depth.min()) / max(float(np.ptp(depth)), 1e-12)
-        middle = (flat.max(axis=0) + flat.min(axis=0)) / 2
-        reach = max(float(np.ptp(flat, axis=0).max()) / 2, 1e-12) * 1.03
-        flat = (flat - middle) / (2 * reach) + 0.5
+        points = cloud_of(cloud)
+        color: np.ndarray | Colormap
         if values is None:
-            color = _DEPTH(near)
+            color = DEPTH
         elif np.issubdtype(values[position].dtype, np.integer):
-            palette = np.array([[int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)] + [1.0] for code in SERIES])
-            color = palette[values[position] % len(SERIES)]
+            color = part_palette(max(len(SERIES), int(values[position].max()) + 1))[values[position]]
         else:
             color = _colormap()((values[position] - low) / max(high - low, 1e-12))
-        color[:, 3] = np.where(_behind(flat, near), 0.18, 0.95)
-        order = np.argsort(depth)
-        # Denser clouds get smaller dots, so that they cover about the same area.
-        size = (1.2 + 2.6 * near) * min(1.6, (2048 / len(points)) ** 0.5)
         axes = figure.add_subplot(rows, columns, position + 1)
-        axes.scatter(flat[order, 0], flat[order, 1], c=color[order], s=size[order], linewidths=0)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_aspect("equal")
-        axes.set_axis_off()
-        axes.set_title(title, fontsize=9, color=INK, pad=2)
+        _open_frame(axes)
+        draw_cloud(axes, points, frame_of(points), color, dot_area(len(points), _SIDE))
+        axes.set_title(title, fontsize=_FONT, color=INK, pad=2)
     return figure
 
 
