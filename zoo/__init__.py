@@ -11,6 +11,7 @@ MODELS = {
     "ImageClassifier": "image_classifier",
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
+    "PointNetSegmenter": "pointnet_segmenter",
 }
 _EXPORTS = {
     **MODELS,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .logistic_regression import LogisticRegression as LogisticRegression
     from .optimization import WarmupCosineLR as WarmupCosineLR
     from .pointnet import PointNetClassifier as PointNetClassifier
+    from .pointnet_segmenter import PointNetSegmenter as PointNetSegmenter
     from .pretrained import WeightsError as WeightsError
     from .pretrained import list_models as list_models
     from .pretrained import load as load

@@ -28,7 +28,7 @@ from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, rese
 # What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
 LINKS = (
     *("num_classes", "class_names", "class_counts", "num_train"),
-    "normalization",  # of point clouds
+    *("normalization", "num_parts", "part_names", "part_classes"),  # of point clouds
     *("in_channels", "image_size", "image_mean", "image_std"),  # of images
 )
 
