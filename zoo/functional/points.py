@@ -93,6 +93,49 @@ def normalize_points(points: Tensor, normalization: Normalization, count: Tensor
     raise ValueError(f"normalization must be one of {', '.join(get_args(Normalization))}; got {normalization!r}")
 
 
+def farthest_points(points: Tensor, number: int) -> Tensor:
+    """Farthest-point sampling: the first point, and then each time the point that is farthest from all those taken before.
+
+    i_1 = 0, i_k = argmax_i min_{j < k} ||x_i - x_{i_j}||; of points equally far, the first one. The exact greedy algorithm, all clouds
+    at once (Eldar et al., "The Farthest Point Strategy for Progressive Image Sampling", IEEE TIP 1997). The first n indices are the
+    result for n points, so one call serves every smaller number. Nothing is random. A copy is taken only when all different points are.
+
+    Args:
+        points: `(B, N, 3)` float, finite; distances are computed in float32 or, for such points, in float64.
+        number: how many to take, in [1, N].
+
+    Returns:
+        `(B, number)` int64, the indices of the points in the order in which they are taken; none comes twice.
+
+    Raises:
+        ValueError: if there are fewer points.
+
+    Example:
+        >>> farthest_points(torch.tensor([[[0.0, 0, 0], [1, 0, 0], [3, 0, 0], [0, 0, 0]]]), 3)
+        tensor([[0, 2, 1]])
+    """
+    clouds, length = points.shape[:2]
+    if not 1 <= number <= length:
+        raise ValueError(f"number must lie in [1, {length}], the points of a cloud; got {number}")
+    x, y, z = points.to(torch.promote_types(points.dtype, torch.float32)).permute(2, 0, 1).contiguous()
+    nearest = torch.full_like(x, math.inf)
+    distance, along = torch.empty_like(x), torch.empty_like(x)
+    taken = torch.zeros(clouds, number, dtype=torch.long, device=points.device)
+    last = taken[:, :1]
+    for place in range(1, number):
+        torch.sub(x, x.gather(1, last), out=distance).square_()
+        for axis in (y, z):
+            torch.sub(axis, axis.gather(1, last), out=along)
+            distance.addcmul_(along, along)
+        torch.minimum(nearest, distance, out=nearest)
+        nearest.scatter_(1, last, -1.0)  # never again, even where all others coincide with points taken before
+        # numpy's vectorised argmax is several times faster than torch's on the CPU.
+        farthest = torch.from_numpy(nearest.numpy().argmax(1)) if nearest.device.type == "cpu" else nearest.argmax(1)
+        taken[:, place] = farthest
+        last = taken[:, place : place + 1]
+    return taken
+
+
 def voting_views(points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
     """Views of each cloud whose predictions are to be averaged; they really differ, so that averaging can help.
 
