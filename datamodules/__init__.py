@@ -16,6 +16,7 @@ DATAMODULES = {
     "ImageFolderDataModule": "image_folder",
     "PatientsDataModule": "patients",
     "STL10DataModule": "stl10",
+    "ShapeNetPartDataModule": "shapenet_part",
 }
 _EXPORTS = {
     **DATAMODULES,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .images import ImageDataModule as ImageDataModule
     from .patients import PatientsDataModule as PatientsDataModule
     from .points import PointsDataModule as PointsDataModule
+    from .shapenet_part import ShapeNetPartDataModule as ShapeNetPartDataModule
     from .stl10 import STL10DataModule as STL10DataModule
 
 
