@@ -1,122 +1,28 @@
 """A user's own folders of pictures, decoded once."""
 
-import hashlib
 import os
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .arrays import Arrays
 from .augment.images import ImageAugmentation, Preset
-from .errors import DataError
+from .folders import ClassFolders, Kind, printable
 from .hdf5_reading import resolve_path
 from .images import ImageDataModule
-from .packing import block_dataset, map_images, pack_once, packed_from
+from .packing import map_images, pack_once
 from .pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
-from .splits import TEST, TRAIN, UNUSED, VAL
 
 Fit = Literal["crop", "stretch"]
 
-_SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+_KIND = Kind(PICTURE_SUFFIXES, "image", "images", "decoded", "litzoo image folder")
 # Packed files of another version are made anew.
-_SOURCE = "litzoo image folder, version 1"
+_SOURCE = f"{_KIND.source}, version 1"
 # Decoded images that are held before they are written, in bytes.
 _BLOCK = 1 << 26
-
-
-class _Pictures:
-    """What lies in a folder, without opening a single file.
-
-    Attributes:
-        names: of all images, relative to the folder and in ascending order.
-        fingerprint: of names, sizes and times of modification.
-        label: `(M,)` int64.
-        split: `(M,)` uint8, or None without folders for the splits.
-        class_names: in ascending order.
-    """
-
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            what = "is a file: unpack it first, and give the folder" if root.exists() else "does not exist: give the folder of the images"
-            raise DataError(f"{root} {what} with --data.path")
-        try:
-            found, folders = _scan(root)
-        except OSError as error:
-            raise DataError(f"{root} cannot be read: {error}") from error
-        if not found:
-            raise DataError(f"{root} holds no images ({', '.join(sorted(kind[1:] for kind in PICTURE_SUFFIXES))})")
-        self.names = [name for name, _, _ in found]
-        digest = hashlib.sha256()
-        for entry in found:
-            digest.update("\0".join(map(str, entry)).encode(errors="surrogateescape") + b"\n")
-        self.fingerprint = digest.hexdigest()
-        parts = [name.split("/") for name in self.names]
-        depth = _depth(root, {part[0] for part in parts if len(part) > 1})
-        stray = [name for name, part in zip(self.names, parts, strict=True) if len(part) < depth + 2]
-        if stray:
-            others = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
-            place = f"{root}/{'train/' * depth}<class>/"
-            raise DataError(f"{root / stray[0]}{others} lies in no class folder: move it to {place}, or remove it")
-        classes = sorted({part[depth] for part in parts})
-        if len(classes) < 2:
-            raise DataError(
-                f"{root} has images of one class only, {classes[0]}: it must hold a folder for each class, or train/<class> and so on"
-            )
-        for empty in sorted(name for name in folders if name.count("/") == depth and name.split("/")[depth] not in classes):
-            warnings.warn(f"{root / empty} holds no image and is no class", stacklevel=2)
-        number = {name: cls for cls, name in enumerate(classes)}
-        self.label = torch.tensor([number[part[depth]] for part in parts])
-        split = torch.tensor([_SPLITS[part[0].lower()] if depth else TRAIN for part in parts], dtype=torch.uint8)
-        self.split = split if (split != TRAIN).any() else None
-        self.class_names = tuple(classes)
-
-
-def _scan(root: Path) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """Relative name, size and time of modification of all images, and the names of all folders; nothing hidden."""
-    images, folders = [], []
-    pending: list[tuple[str, str, tuple[tuple[int, int], ...]]] = [(str(root), "", ())]
-    while pending:
-        folder, prefix, above = pending.pop()
-        status = os.stat(folder)
-        here = (status.st_dev, status.st_ino)
-        if here in above:  # a link to a folder in which it lies itself
-            continue
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    folders.append(name)
-                    pending.append((entry.path, f"{name}/", (*above, here)))
-                elif os.path.splitext(entry.name)[1].lower() in PICTURE_SUFFIXES:
-                    try:
-                        status = entry.stat()
-                        images.append((name, status.st_size, status.st_mtime_ns))
-                    except FileNotFoundError:  # a link to nothing; it is named with the files that cannot be decoded
-                        images.append((name, 0, 0))
-    return sorted(images), folders
-
-
-def _depth(root: Path, tops: set[str]) -> int:
-    """How many folders lie above those of the classes: 1 if the data have official splits, else 0."""
-    splits = {top for top in tops if top.lower() in _SPLITS}
-    train = any(top.lower() == "train" for top in splits)
-    if splits == tops and train:
-        return 1
-    if len(splits) > 1 and splits == tops:
-        raise DataError(f"{root} has the folders {', '.join(sorted(splits))}, but no folder train")
-    if len(splits) > 1 and train:
-        raise DataError(
-            f"{root} has the splits {', '.join(sorted(splits))}, but {min(tops - splits)} with images beside them: move it away"
-        )
-    return 0
 
 
 def _decode(path: str, size: int, fit: Fit, color: bool) -> np.ndarray:
@@ -133,57 +39,6 @@ def _decode(path: str, size: int, fit: Fit, color: bool) -> np.ndarray:
     left, top = (width - edge) / 2, (height - edge) / 2
     box = (left, top, left + edge, top + edge) if fit == "crop" else (0, 0, width, height)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box)).reshape(size, size, -1)
-
-
-def _writer(root: Path, pictures: _Pictures, size: int, fit: Fit, color: bool, skip_corrupt: bool) -> Callable[[Any], None]:
-    """What fills the packed file: images, labels, names; and the positions of those that cannot be decoded."""
-
-    def attempt(name: str) -> np.ndarray | str:
-        try:
-            return _decode(os.path.join(root, name), size, fit, color)
-        except Exception as error:  # noqa: BLE001  # Pillow has no common class for what is wrong with a file
-            return why_undecodable(error)
-
-    def write(file: Any) -> None:
-        import h5py
-        from tqdm import tqdm
-
-        names = pictures.names
-        images = block_dataset(file, "image", (len(names), size, size, 3 if color else 1))
-        blank = np.zeros(images.shape[1:], np.uint8)
-        block = max(16, min(512, _BLOCK // blank.size))
-        corrupt: dict[int, str] = {}
-        with ThreadPoolExecutor() as pool, tqdm(desc=f"packing {root.name}", total=len(names), unit=" images", disable=None) as bar:
-            for start in range(0, len(names), block):
-                decoded = list(pool.map(attempt, names[start : start + block]))
-                corrupt |= {start + place: found for place, found in enumerate(decoded) if isinstance(found, str)}
-                images[start : start + len(decoded)] = np.stack([blank if isinstance(found, str) else found for found in decoded])
-                bar.update(len(decoded))
-        if corrupt and (not skip_corrupt or len(corrupt) == len(names)):
-            raise DataError(_complaint(root, names, corrupt) + _CURE)
-        text = h5py.string_dtype()
-        file["label"] = pictures.label.numpy()
-        if pictures.split is not None:
-            file["split"] = pictures.split.numpy()
-        file["class_names"] = np.array([_printable(name) for name in pictures.class_names], dtype=text)
-        file["file"] = np.array([_printable(name) for name in names], dtype=text)
-        file["corrupt"] = np.array(list(corrupt), dtype=np.int64)
-        file["corrupt_reason"] = np.array([_printable(reason) for reason in corrupt.values()], dtype=text)
-
-    return write
-
-
-_CURE = ": remove or replace them, or leave them out with --data.skip_corrupt true"
-
-
-def _printable(name: str) -> str:
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-
-
-def _complaint(root: Path, names: list[str], corrupt: dict[int, str]) -> str:
-    first = ", ".join(f"{_printable(names[place])} ({_printable(reason)})" for place, reason in list(corrupt.items())[:5])
-    more = f" and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-    return f"{len(corrupt)} of {len(names)} images in {root} cannot be decoded: {first}{more}"
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -288,49 +143,32 @@ class ImageFolderDataModule(ImageDataModule):
         _ = self.arrays  # read now, if not before
         return self._files
 
-    def _packed(self, source: str) -> Path:
-        """The file to pack into."""
-        name = f"{self.path.name}.{self.size}.{self.fit}.{'rgb' if self.color else 'grey'}.h5"
-        if self.pack is not None:
-            if self.pack.is_file() and not (packed_from(self.pack) or "").startswith(_SOURCE.partition(",")[0]):
-                raise DataError(
-                    f"{self.pack} exists and was not packed from a folder of images: give another file with --data.pack, or delete it"
-                )
-            return self.pack / name if self.pack.is_dir() else self.pack
-        beside = self.path.parent / name
-        if packed_from(beside) == source or os.access(beside.parent, os.W_OK):
-            return beside
-        # Folders of the same name must not share a file.
-        place = hashlib.sha256(os.fsencode(self.path)).hexdigest()[:8]
-        return Path.home() / ".cache" / "litzoo" / f"{place}-{name}"
+    def _attempt(self, path: Path) -> np.ndarray | str:
+        try:
+            return _decode(os.fspath(path), self.size, self.fit, self.color)
+        except Exception as error:  # noqa: BLE001  # Pillow has no common class for what is wrong with a file
+            return why_undecodable(error)
 
     def read(self) -> Arrays:
-        import h5py
+        folders = ClassFolders(self.path, _KIND)
+        color, channels = ("rgb", 3) if self.color else ("grey", 1)
+        source = f"{_SOURCE}: {self.size} {self.fit} {color} {folders.fingerprint}"
+        packed = folders.place(f"{self.path.name}.{self.size}.{self.fit}.{color}.h5", source, self.pack)
+        shape = (self.size, self.size, channels)
+        block = max(16, min(512, _BLOCK // (self.size * self.size * channels)))
 
-        pictures = _Pictures(self.path)
-        settings = f"{self.size} {self.fit} {'rgb' if self.color else 'grey'}"
-        source = f"{_SOURCE}: {settings} {pictures.fingerprint}"
-        packed = self._packed(source)
-        pack_once(packed, source, _writer(self.path, pictures, self.size, self.fit, self.color, self.skip_corrupt), "--data.pack")
-        with h5py.File(packed, "r") as file:
-            corrupt = dict(zip(file["corrupt"][...].tolist(), file["corrupt_reason"].asstr()[...].tolist(), strict=True))
-        complaint = _complaint(self.path, pictures.names, corrupt)
-        if corrupt and not self.skip_corrupt:
-            raise DataError(complaint + _CURE)
-        if corrupt:
-            warnings.warn(f"{complaint}; they are left out", stacklevel=2)
-        self._files = pictures.names
+        def samples(paths: list[Path]) -> Iterator[np.ndarray | str]:
+            with ThreadPoolExecutor() as pool:
+                for start in range(0, len(paths), block):
+                    yield from pool.map(self._attempt, paths[start : start + block])
+
+        pack_once(packed, source, folders.writer("image", shape, "uint8", block, samples, self.skip_corrupt), "--data.pack")
+        corrupt = folders.corrupt(packed, self.skip_corrupt)
+        self._files = folders.names
         return Arrays(
             map_images(packed),
-            pictures.label,
-            self._split(pictures, list(corrupt)),
-            tuple(map(_printable, pictures.class_names)),
+            folders.label,
+            folders.finish_split(corrupt, self.finish_split),
+            tuple(map(printable, folders.class_names)),
             mapped=packed,
         )
-
-    def _split(self, pictures: _Pictures, corrupt: list[int]) -> Tensor:
-        good = torch.ones(len(pictures.label), dtype=torch.bool)
-        good[corrupt] = False
-        split = torch.full((len(good),), UNUSED, dtype=torch.uint8)
-        split[good] = self.finish_split(pictures.label[good], None if pictures.split is None else pictures.split[good])
-        return split
