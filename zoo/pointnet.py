@@ -18,16 +18,16 @@ from .batch import input_and_label
 from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
 from .functional.points import Normalization, VoteBy, normalize_points, voting_views
 from .layers.classification_metrics import classification_metrics
-from .layers.pointwise_max import Maxima, max_over_points
+from .layers.pointwise import Maxima, PointwiseLayers, max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
 
 
-def shared_mlp(*widths: int) -> nn.Sequential:
+def shared_mlp(*widths: int) -> PointwiseLayers:
     """Linear, BatchNorm, ReLU for each step of `widths`, the same for every point: `(B, C, N)` -> `(B, C', N)`."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
         layers += [nn.Conv1d(narrow, wide, 1, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers)
+    return PointwiseLayers(*layers)
 
 
 def mlp(*widths: int) -> nn.Sequential:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litzoo.zoo import PointNetClassifier
-from litzoo.zoo.layers import pointwise_max
-from litzoo.zoo.layers.pointwise_max import linear_batchnorm_max, max_over_points
+from litzoo.zoo.layers import pointwise
+from litzoo.zoo.layers.pointwise import PointwiseLayers, linear_batchnorm_max, linear_batchnorm_relu, max_over_points
 
 
 def layers_of(*widths: int, seed: int = 0, momentum: float | None = 0.1) -> nn.Sequential:
@@ -68,31 +68,96 @@ def test_gradcheck() -> None:
     norm = layers_of(4, 6)[1]
     x, weight = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     norm.train()
-    assert torch.autograd.gradcheck(
-        lambda x, weight, scale, shift: _function(norm, x, weight, scale, shift), (x, weight, norm.weight, norm.bias)
-    )
+
+    def function(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return _function(norm, x, weight, scale, shift)
+
+    assert torch.autograd.gradcheck(function, (x, weight, norm.weight, norm.bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, norm.weight, norm.bias), atol=1e-4)
 
 
-def _function(norm: nn.BatchNorm1d, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+@pytest.mark.parametrize("training", [True, False])
+def test_gradcheck_of_the_dense_layer(training: bool) -> None:
+    norm = layers_of(4, 6)[1].train(training)
+    x, weight = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return linear_batchnorm_relu(x, weight, _with(norm, scale, shift))
+
+    assert torch.autograd.gradcheck(function, (x, weight, norm.weight, norm.bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, norm.weight, norm.bias), atol=1e-4)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("widths", [(16, 32), (3, 8, 40), (5, 5, 5, 5)])
+def test_dense_layers_equal_the_plain_ones_in_double_precision(training: bool, momentum: float | None, widths: tuple[int, ...]) -> None:
+    reference = layers_of(*widths, momentum=momentum).train(training)
+    fused = PointwiseLayers(*copy.deepcopy(list(reference))).train(training)
+    assert fused.state_dict().keys() == reference.state_dict().keys()
+    for _ in range(3):
+        x = torch.randn(5, widths[0], 30, dtype=torch.float64, requires_grad=True)
+        y = x.detach().clone().requires_grad_()
+        ours, theirs = fused(x), reference(y)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+        weight = torch.randn_like(ours)
+        gradients = torch.autograd.grad((ours * weight).sum(), [x, *fused.parameters()])
+        expected = torch.autograd.grad((theirs * weight).sum(), [y, *reference.parameters()])
+        for found, right in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-11, atol=1e-11)
+        for found, right in zip(fused.buffers(), reference.buffers(), strict=True):
+            torch.testing.assert_close(found, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_single_precision_is_as_good_as_that_of_the_plain_layers(offset: float) -> None:
+    """Also where clouds lie far from the origin, and the variance is a small difference of large numbers."""
+    exact = layers_of(3, 16)
+    torch.manual_seed(1)
+    x = torch.randn(4, 3, 200) + offset
+    truth = exact(x.double())
+    plain_error = (copy.deepcopy(exact).float()(x) - truth).abs().max()
+    ours_error = (PointwiseLayers(*copy.deepcopy(list(exact))).float()(x) - truth).abs().max()
+    assert ours_error < 3 * plain_error + 1e-6
+
+
+def _with(norm: nn.BatchNorm1d, scale: Tensor, shift: Tensor) -> nn.BatchNorm1d:
     twin = copy.copy(norm)
     twin._parameters = {"weight": scale, "bias": shift}
     twin._buffers = {name: None if value is None else value.clone() for name, value in norm._buffers.items()}
-    return linear_batchnorm_max(x, weight, twin, relu=False)[0]
+    return twin
+
+
+def _function(norm: nn.BatchNorm1d, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return linear_batchnorm_max(x, weight, _with(norm, scale, shift), relu=False)[0]
 
 
 @pytest.mark.parametrize("block", [1, 1000, 10**9])
 def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = layers_of(8, 16), torch.randn(7, 8, 20, dtype=torch.float64)
     expected = max_over_points(copy.deepcopy(layers), x)
-    monkeypatch.setattr(pointwise_max, "_BLOCK", block)
+    monkeypatch.setattr(pointwise, "_SCORES", block)
     found = max_over_points(layers, x)
     assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("block", [1, 300, 10**9])
+def test_blocks_change_only_the_order_of_sums(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, x = layers_of(8, 12, 16), torch.randn(7, 8, 20, dtype=torch.float64, requires_grad=True)
+    for fused in (linear_batchnorm_relu, lambda *args: linear_batchnorm_max(*args).value):
+        found = []
+        for chunk in (pointwise._CHUNK, block):
+            monkeypatch.setattr(pointwise, "_CHUNK", chunk)
+            value = fused(x, layers[0].weight.squeeze(-1), copy.deepcopy(layers[1]))
+            found.append([value, *torch.autograd.grad(value.square().sum(), [x, layers[0].weight])])
+        for ours, theirs in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("points", [1, 63, 64, 128, 640, 1000])
 def test_argmax_by_groups(points: int) -> None:
     scores = torch.randn(3, 5, points, generator=torch.Generator().manual_seed(points))
-    assert torch.equal(pointwise_max._argmax(scores), scores.argmax(dim=2))
+    assert torch.equal(pointwise._argmax(scores), scores.argmax(dim=2))
 
 
 def test_without_running_statistics() -> None:
@@ -128,7 +193,7 @@ def test_plain_layers_where_somebody_would_notice(what: str, monkeypatch: pytest
         layers, x = layers.bfloat16(), x.bfloat16()
     else:
         monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
-    monkeypatch.setattr(pointwise_max, "linear_batchnorm_max", lambda *args: pytest.fail("fused"))
+    monkeypatch.setattr(pointwise, "linear_batchnorm_max", lambda *args: pytest.fail("fused"))
     assert torch.equal(max_over_points(layers.eval(), x)[0], plain(layers, x)[0])
 
 
@@ -150,7 +215,7 @@ def classifier(dtype: torch.dtype = torch.float64) -> PointNetClassifier:
 
 
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise_max, "_fusible", lambda *layers: False)
+    monkeypatch.setattr(pointwise, "fusible", lambda *layers: False)
 
 
 def gradients(model: PointNetClassifier, points: Tensor, label: Tensor) -> list[Tensor]:

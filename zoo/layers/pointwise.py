@@ -1,0 +1,384 @@
+"""Linear, BatchNorm and ReLU for every point, and the maximum over the points, with fewer passes over memory than the plain layers."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Numbers that are worked on at a time, so that they stay in the cache: of features for each thread, and of scores.
+_CHUNK = 1 << 17
+_SCORES = 1 << 20
+_GPU_CHUNK = 1 << 25
+_GROUP = 64
+
+
+class Maxima(NamedTuple):
+    """What a maximum over the points of each cloud found.
+
+    Attributes:
+        value: `(B, C)`, the maximum of each channel.
+        point: `(B, C)` int64, the point that attains it; of equal ones any.
+
+    Example:
+        >>> Maxima(torch.tensor([[0.5]]), torch.tensor([[7]])).point
+        tensor([[7]])
+    """
+
+    value: Tensor
+    point: Tensor
+
+
+class _Statistics(NamedTuple):
+    """What BatchNorm needs of W x, from the input x of the Linear.
+
+    Attributes:
+        center: `(K,)`, mean of x over all points of all clouds; None where the running statistics are used.
+        covariance: `(K, K)` of x; None likewise.
+        mean: `(C,)`, of W x.
+        variance: `(C,)`, of W x.
+    """
+
+    center: Tensor | None
+    covariance: Tensor | None
+    mean: Tensor
+    variance: Tensor
+
+
+def _blocks(x: Tensor, width: int, chunk: int) -> Iterator[slice]:
+    """Some clouds of `(B, K, N)` at a time, so that `(b, width, N)` has about `chunk` numbers."""
+    if x.is_cuda:
+        chunk = _GPU_CHUNK
+    size = max(1, chunk // (width * x.shape[2]))
+    return (slice(start, start + size) for start in range(0, len(x), size))
+
+
+@torch.no_grad()
+def _statistics(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> _Statistics:
+    """The statistics that BatchNorm applies to W x in its mode; the running ones are updated as BatchNorm does.
+
+    With mean m and covariance S of x, a channel w of W x has mean w.m and variance w.S w.
+    """
+    if not norm.training and norm.running_mean is not None:
+        assert norm.running_var is not None
+        return _Statistics(None, None, norm.running_mean.clone(), norm.running_var.clone())
+    count = x.shape[0] * x.shape[2]
+    if count == 1:
+        raise ValueError("a training batch of a single point has no variance: give more points or clouds")
+    center = x.mean(dim=(0, 2))
+    covariance = x.new_zeros(x.shape[1], x.shape[1])
+    for part in _blocks(x, x.shape[1], _CHUNK * torch.get_num_threads()):
+        centered = x[part] - center[:, None]
+        covariance += (centered @ centered.mT).sum(dim=0)
+    covariance /= count
+    mean, variance = weight @ center, ((weight @ covariance) * weight).sum(dim=1)
+    if norm.training and norm.running_mean is not None:
+        assert norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked.add_(1)
+        share = 1 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), share)
+        norm.running_var.lerp_((variance * (count / (count - 1))).to(norm.running_var.dtype), share)
+    return _Statistics(center, covariance, mean, variance)
+
+
+def _plain(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, statistics: _Statistics, eps: float) -> Tensor:
+    """BatchNorm(W x), in operations that can be differentiated any number of times."""
+    by_batch = statistics.center is not None
+    running = (None, None) if by_batch else (statistics.mean, statistics.variance)
+    return F.batch_norm(weight @ x, *running, scale, shift, by_batch, 0.0, eps)
+
+
+def _gradients_of(output: Tensor, inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients for the inputs that need one, themselves differentiable."""
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(output, needed, gradient, create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+
+
+class _Dense(torch.autograd.Function):
+    """relu(BatchNorm(W x)) for every point; only x and the result are kept for the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, statistics: tuple[Tensor | None, ...]
+    ) -> Tensor:
+        _, _, mean, variance = statistics
+        assert mean is not None
+        assert variance is not None
+        factor = scale * (variance + eps).rsqrt()
+        matrix, offset = weight * factor[:, None], (shift - mean * factor)[:, None]
+        y = x.new_empty(len(x), len(weight), x.shape[2])
+        for part in _blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()):
+            torch.matmul(matrix, x[part], out=y[part])
+            y[part].add_(offset).clamp_min_(0)
+        ctx.save_for_backward(x, weight, scale, shift, y, *statistics)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale, shift, y, *rest = ctx.saved_tensors
+        statistics = _Statistics(*rest)
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            output = F.relu(_plain(x, weight, scale, shift, statistics, ctx.eps))
+            return *_gradients_of(output, (x, weight, scale, shift), gradient), None, None
+        inverse = (statistics.variance + ctx.eps).rsqrt()
+        factor = scale * inverse
+        matrix = weight * factor[:, None]
+        product, total = torch.zeros_like(weight), torch.zeros_like(scale)
+        back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        blocks = list(_blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()))
+        for part in blocks:
+            g = torch.where(y[part] > 0, gradient[part], 0.0)
+            product += (g @ x[part].mT).sum(dim=0)
+            total += g.sum(dim=(0, 2))
+            if back is not None:
+                torch.matmul(matrix.mT, g, out=back[part])
+        by_scale = inverse * ((product * weight).sum(dim=1) - statistics.mean * total)
+        by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
+        if back is not None and statistics.center is not None:
+            mixing, constant = _input_gradient(total, by_scale, weight, factor, inverse, statistics.center, x.shape[0] * x.shape[2])
+            for part in blocks:
+                back[part].add_(constant).sub_(mixing @ x[part])
+        return back, by_weight, by_scale, total, None, None
+
+
+class _Maximum(torch.autograd.Function):
+    """The maximum of BatchNorm(W x) over the points, and the winning points."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: tuple[Tensor | None, ...]
+    ) -> tuple[Tensor, Tensor]:
+        _, _, mean, variance = statistics
+        assert mean is not None
+        assert variance is not None
+        # The largest value has the largest W x, the smallest where gamma < 0.
+        sign = torch.where(scale < 0, -1.0, 1.0).to(weight.dtype)
+        best, point = _best(x, weight * sign[:, None])
+        normal = (best * sign - mean) * (variance + eps).rsqrt()
+        value = normal * scale + shift
+        if relu:
+            value.clamp_min_(0)
+        ctx.save_for_backward(x, weight, scale, shift, point, normal, value, *statistics)
+        ctx.mark_non_differentiable(point)
+        ctx.eps, ctx.relu = eps, relu
+        return value, point
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, scale, shift, point, normal, value, *rest = ctx.saved_tensors
+        statistics = _Statistics(*rest)
+        if torch.is_grad_enabled():  # somebody differentiates the gradient
+            output = _plain(x, weight, scale, shift, statistics, ctx.eps).gather(2, point.unsqueeze(2)).squeeze(2)
+            output = F.relu(output) if ctx.relu else output
+            return *_gradients_of(output, (x, weight, scale, shift), gradient), None, None, None
+        g = torch.where(value > 0, gradient, 0.0) if ctx.relu else gradient
+        inverse = (statistics.variance + ctx.eps).rsqrt()
+        factor = scale * inverse
+        matrix = weight * factor[:, None]
+        by_scale, total = (g * normal).sum(dim=0), g.sum(dim=0)
+        back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        mixing = constant = None
+        if statistics.center is not None:
+            mixing, constant = _input_gradient(total, by_scale, weight, factor, inverse, statistics.center, x.shape[0] * x.shape[2])
+        product = torch.zeros_like(weight)
+        for part in _blocks(x, max(weight.shape[1], 1), _CHUNK * torch.get_num_threads()):
+            clouds, channels, points = x[part].shape
+            # Points along rows, so that a winner is one stretch of memory.
+            rows = x[part].mT.reshape(-1, channels)
+            row = (point[part] + torch.arange(clouds, device=x.device)[:, None] * points).flatten()
+            chosen = rows.index_select(0, row).view(clouds, -1, channels)
+            product += (chosen[0] * g[part][0, :, None]) if clouds == 1 else torch.einsum("bck,bc->ck", chosen, g[part])
+            if back is not None:
+                direct = rows.new_zeros(rows.shape) if constant is None else constant.T.repeat(len(rows), 1)
+                direct.index_add_(0, row, (g[part][:, :, None] * matrix).flatten(0, 1))
+                direct = direct.view(clouds, points, channels).mT
+                back[part] = direct if mixing is None else direct - mixing @ x[part]
+        by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
+        return back, by_weight, by_scale, total, None, None, None
+
+
+def _weight_gradient(
+    product: Tensor, total: Tensor, by_scale: Tensor, weight: Tensor, factor: Tensor, inverse: Tensor, statistics: _Statistics
+) -> Tensor:
+    """dL/dW, from `product` = sum g x^T and `total` = sum g of the gradient g behind BatchNorm."""
+    if statistics.center is None or statistics.covariance is None:
+        return factor[:, None] * product
+    moved = (by_scale * inverse)[:, None] * (weight @ statistics.covariance)
+    return factor[:, None] * (product - total[:, None] * statistics.center - moved)
+
+
+def _input_gradient(
+    total: Tensor, by_scale: Tensor, weight: Tensor, factor: Tensor, inverse: Tensor, center: Tensor, count: int
+) -> tuple[Tensor, Tensor]:
+    """What the batch statistics add to dL/dx at every point: constant - mixing x, `(K, K)` and `(K, 1)`."""
+    mixing = (weight.mT * (factor * inverse * by_scale / count)) @ weight
+    return mixing, (mixing @ center - weight.mT @ (factor * total / count))[:, None]
+
+
+def _best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest `weight @ x` of each cloud and channel, and its point: `(B, K, N)`, `(C, K)` -> twice `(B, C)`."""
+    found = []
+    for part in _blocks(x, len(weight), _SCORES):
+        # Channels by points, so that the maximum runs along memory.
+        scores = weight @ x[part]
+        point = _argmax(scores)
+        found.append((scores.gather(2, point.unsqueeze(2)).squeeze(2), point))
+    best, points = zip(*found, strict=True)
+    return torch.cat(best), torch.cat(points)
+
+
+def _argmax(scores: Tensor) -> Tensor:
+    """`scores.argmax(dim=2)`, twice as fast on a CPU: first the group, by the vectorised maximum, then the place in it."""
+    batch, channels, points = scores.shape
+    if points % _GROUP or scores.is_cuda:
+        return scores.argmax(dim=2)
+    groups = scores.view(-1, points // _GROUP, _GROUP)
+    group = groups.amax(dim=2).argmax(dim=1)
+    row = group + torch.arange(len(group), device=group.device) * groups.shape[1]
+    return (group * _GROUP + groups.view(-1, _GROUP).index_select(0, row).argmax(dim=1)).view(batch, channels)
+
+
+def linear_batchnorm_relu(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+    """relu(BatchNorm(W x)) for every point, equal to the plain layers and cheaper.
+
+    The batch statistics follow from those of the input: with mean m and covariance S of x over all points of all clouds, a channel w
+    has mean w.m and variance w.S w. So BatchNorm is part of the product, W x is never kept, and a few clouds at a time stay in the cache.
+    The running statistics are updated as BatchNorm does.
+
+    Args:
+        x: `(B, K, N)` float32 or float64, N points of each of B clouds.
+        weight: `(C, K)`.
+        norm: over C channels, with scale and shift; its mode decides between the statistics of the batch and the running ones.
+
+    Returns:
+        `(B, C, N)`.
+
+    Raises:
+        ValueError: if a training batch has a single point in all, which has no variance.
+
+    Example:
+        >>> linear_batchnorm_relu(torch.rand(2, 3, 1024), torch.rand(64, 3), nn.BatchNorm1d(64)).shape
+        torch.Size([2, 64, 1024])
+    """
+    return _Dense.apply(x, weight, norm.weight, norm.bias, norm.eps, _statistics(x, weight, norm))
+
+
+def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> Maxima:
+    """max over points of relu(BatchNorm(W x)), and which point wins, equal to the plain layers and much cheaper.
+
+    BatchNorm and ReLU are monotone in each channel, so the maximum is taken over W x (the minimum where gamma < 0) and they are
+    applied to the winners alone. The batch statistics follow from those of the input: with mean m and covariance S of x over all
+    points of all clouds, a channel w has mean w.m and variance w.S w. So the gradient flows through the winning points, m and S,
+    and W x is needed for the comparison only. The running statistics are updated as BatchNorm does.
+
+    Args:
+        x: `(B, K, N)` float32 or float64, N points of each of B clouds.
+        weight: `(C, K)`.
+        norm: over C channels, with scale and shift; its mode decides between the statistics of the batch and the running ones.
+        relu: whether a ReLU comes before the maximum.
+
+    Returns:
+        The maxima `(B, C)` and the winning points `(B, C)`.
+
+    Raises:
+        ValueError: if a training batch has a single point in all, which has no variance.
+
+    Example:
+        >>> features, point = linear_batchnorm_max(torch.rand(2, 128, 1024), torch.rand(512, 128), nn.BatchNorm1d(512))
+        >>> features.shape, point.shape
+        (torch.Size([2, 512]), torch.Size([2, 512]))
+
+    Source:
+        The network is that of Qi et al., "PointNet", CVPR 2017; the identities are elementary.
+    """
+    return Maxima(*_Maximum.apply(x, weight, norm.weight, norm.bias, norm.eps, relu, _statistics(x, weight, norm)))
+
+
+class PointwiseLayers(nn.Sequential):
+    """Conv1d, BatchNorm1d and ReLU any number of times, fused by `linear_batchnorm_relu`; the state dict is that of `nn.Sequential`.
+
+    They are applied one by one where that would change what somebody sees: a hook or another class in the place of one of them, an
+    export or a compilation, weights in half precision, autocast.
+
+    Example:
+        >>> PointwiseLayers(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())(torch.rand(2, 3, 64)).shape
+        torch.Size([2, 8, 64])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, K, N)` -> `(B, C, N)`."""
+        layers = list(self)
+        for conv, norm, relu in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
+            if fusible(conv, norm, relu) and not torch.is_autocast_enabled(x.device.type):
+                assert isinstance(conv, nn.Conv1d)
+                assert isinstance(norm, nn.BatchNorm1d)
+                x = linear_batchnorm_relu(x, conv.weight.squeeze(-1), norm)
+            else:
+                x = relu(norm(conv(x)))
+        return x
+
+
+def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
+    """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU, and take the maximum over the points.
+
+    The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where that would
+    change what somebody sees: a hook or another class in the place of one of them, an export or a compilation, weights in half precision.
+
+    Args:
+        layers: `(B, K, N)` -> `(B, C, N)`.
+        x: `(B, K, N)`.
+
+    Returns:
+        The maxima `(B, C)` and the winning points `(B, C)`.
+
+    Example:
+        >>> layers = nn.Sequential(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())
+        >>> max_over_points(layers, torch.rand(2, 3, 64)).value.shape
+        torch.Size([2, 8])
+    """
+    conv, norm, relu = layers[-3:]
+    if not fusible(conv, norm, relu):
+        found = layers(x).max(dim=2)
+        return Maxima(found.values, found.indices)
+    assert isinstance(conv, nn.Conv1d)
+    assert isinstance(norm, nn.BatchNorm1d)
+    x = layers[:-3](x)
+    with torch.autocast(x.device.type, enabled=False):
+        return linear_batchnorm_max(x.to(conv.weight.dtype), conv.weight.squeeze(-1), norm)
+
+
+def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
+    """Whether the three are plain layers that nobody watches.
+
+    Args:
+        conv: to be a Conv1d of one point.
+        norm: to be a BatchNorm1d.
+        relu: to be a ReLU.
+
+    Returns:
+        Whether fusing them changes nothing that somebody sees.
+
+    Example:
+        >>> fusible(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.GELU())
+        False
+    """
+    if type(conv) is not nn.Conv1d or type(norm) is not nn.BatchNorm1d or type(relu) is not nn.ReLU:
+        return False
+    if torch.jit.is_tracing() or torch.compiler.is_compiling():  # also while exporting
+        return False
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(layer, name) for layer in (conv, norm, relu) for name in hooks):
+        return False
+    return (
+        conv.kernel_size == (1,)
+        and conv.stride == (1,)
+        and conv.padding == (0,)
+        and conv.groups == 1
+        and conv.bias is None
+        and norm.affine
+        and conv.weight.dtype in (torch.float32, torch.float64)
+    )
