@@ -86,8 +86,8 @@ def _statistics(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> _Statistics:
 def _plain(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, statistics: _Statistics, eps: float) -> Tensor:
     """BatchNorm(W x), in operations that can be differentiated any number of times."""
     by_batch = statistics.center is not None
-    running = (None, None) if by_batch else (statistics.mean, statistics.variance)
-    return F.batch_norm(weight @ x, *running, scale, shift, by_batch, 0.0, eps)
+    mean, variance = (None, None) if by_batch else (statistics.mean, statistics.variance)
+    return F.batch_norm(weight @ x, mean, variance, scale, shift, training=by_batch, eps=eps)
 
 
 def _gradients_of(output: Tensor, inputs: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,7 +118,7 @@ class _Dense(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, y, *rest = ctx.saved_tensors
         statistics = _Statistics(*rest)
         if torch.is_grad_enabled():  # somebody differentiates the gradient
@@ -168,7 +168,7 @@ class _Maximum(torch.autograd.Function):
         return value, point
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scale, shift, point, normal, value, *rest = ctx.saved_tensors
         statistics = _Statistics(*rest)
         if torch.is_grad_enabled():  # somebody differentiates the gradient

@@ -34,6 +34,7 @@ class PartIoU(Metric):
     higher_is_better = True
     full_state_update = False
     belongs: Tensor
+    unknown: Tensor
     intersection: Tensor
     union: Tensor
     class_sum: Tensor
