@@ -3,6 +3,7 @@
 Run as a script by two processes (see the fixture `two_processes`), it writes down what each of them sees.
 """
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,8 +28,14 @@ from litzoo.datamodules import (
     ImageFolderDataModule,
     PatientsDataModule,
     PointAugmentation,
+    ShapeNetPartDataModule,
 )
 from litzoo.zoo import Batch
+
+# Offset and number of parts of the categories of ShapeNetPart, in their order.
+_SYNSETS = ("02691156", "02773838", "02954340", "02958343", "03001627", "03261776", "03467517", "03624134")
+_SYNSETS += ("03636649", "03642806", "03790512", "03797390", "03948459", "04099429", "04225987", "04379243")
+SHAPENET = dict(zip(_SYNSETS, (4, 2, 2, 4, 4, 3, 3, 2, 4, 2, 6, 2, 3, 3, 3, 3), strict=True))
 
 
 def write_points(
@@ -93,6 +100,59 @@ def write_folder(root: Path, images: int = 20, classes: tuple[str, ...] = ("cat"
     return root
 
 
+Clouds = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def shapenet_clouds(points: tuple[int, int] = (20, 40), train: int = 3, seed: int = 0) -> tuple[Clouds, dict[str, list[str]]]:
+    """Fabricate shapes of ShapeNetPart: points and global part labels by name, and the names of each split in the order of its list."""
+    rng = np.random.default_rng(seed)
+    clouds: Clouds = {}
+    lists: dict[str, list[str]] = {"train": [], "val": [], "test": []}
+    first = 0
+    for synset, parts in SHAPENET.items():
+        for number, split in enumerate(["train"] * train + ["val", "test"]):
+            name = f"{synset}/{number}{rng.integers(1 << 60):x}"
+            size = int(rng.integers(points[0], points[1], endpoint=True))
+            clouds[name] = rng.normal(size=(size, 3)).round(6).astype(np.float32), first + rng.integers(parts, size=size)
+            lists[split].append(name)
+        first += parts
+    for names in lists.values():
+        rng.shuffle(names)
+    return clouds, lists
+
+
+def write_shapenet(root: Path, layout: str, clouds: Clouds, lists: dict[str, list[str]]) -> Path:
+    """Write shapes in an official format: "v0", "normal" or "hdf5", for which all must have equally many points."""
+    root.mkdir(parents=True, exist_ok=True)
+    first = dict(zip(SHAPENET, np.cumsum([0, *SHAPENET.values()]), strict=False))
+    if layout == "hdf5":
+        for split, names in lists.items():
+            half = (len(names) + 1) // 2
+            for number, part in enumerate((names[:half], names[half:])):
+                with h5py.File(root / f"ply_data_{split}{number}.h5", "w") as file:
+                    file["data"] = np.stack([clouds[name][0] for name in part])
+                    file["label"] = np.array([[list(SHAPENET).index(name.split("/")[0])] for name in part], np.uint8)
+                    file["pid"] = np.stack([clouds[name][1] for name in part]).astype(np.uint8)
+        return root
+    for name, (points, part) in clouds.items():
+        synset, identifier = name.split("/")
+        if layout == "v0":
+            for folder, suffix, values, form in (
+                ("points", "pts", points, "%.6f"),
+                ("points_label", "seg", part - first[synset] + 1, "%d"),
+            ):
+                (root / synset / folder).mkdir(parents=True, exist_ok=True)
+                np.savetxt(root / synset / folder / f"{identifier}.{suffix}", values, form)
+        else:
+            (root / synset).mkdir(exist_ok=True)
+            np.savetxt(root / f"{name}.txt", np.c_[points, np.zeros_like(points), part], "%.6f")
+    (root / "train_test_split").mkdir(exist_ok=True)
+    for split, names in lists.items():
+        path = root / "train_test_split" / f"shuffled_{split}_file_list.json"
+        path.write_text(json.dumps([f"shape_data/{name}" for name in names]))
+    return root
+
+
 @dataclass(frozen=True)
 class Case:
     """One DataModule.
@@ -137,6 +197,14 @@ def _folder(folder: Path, **settings: Any) -> ArrayDataModule:
     return ImageFolderDataModule(root, size=16, augmentation="supcon", **settings)
 
 
+def _shapenet(folder: Path, **settings: Any) -> ArrayDataModule:
+    root = folder / "contract_shapenet"
+    if not root.exists():
+        write_shapenet(root, "v0", *shapenet_clouds())
+    everything = PointAugmentation(rotation="full", dropout=0.3, jitter=0.02)
+    return ShapeNetPartDataModule(root, num_points=16, eval_points=30, augmentation=everything, **settings)
+
+
 CASES = {
     "hdf5_points": Case(_clouds, batch_size=8),
     "furniture": Case(lambda folder, **settings: FurnitureDataModule(num_points=64, **settings), batch_size=32),
@@ -144,6 +212,7 @@ CASES = {
     "digits": Case(lambda folder, **settings: DigitsDataModule(image_size=8, **settings), batch_size=200),
     "hdf5_images": Case(_images, batch_size=8),
     "image_folder": Case(_folder, batch_size=8),
+    "shapenet_part": Case(_shapenet, batch_size=10),
 }
 
 

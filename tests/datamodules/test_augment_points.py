@@ -113,6 +113,42 @@ def test_subsample_is_uniform_without_replacement() -> None:
     assert counts.max() <= 3
 
 
+def test_subsample_of_clouds_of_unequal_size() -> None:
+    """The cloud's own points equally often, and none twice before all have come; places behind them never."""
+    points = torch.arange(12.0).view(1, 12, 1).repeat(6000, 1, 3)
+    count = torch.tensor([7, 12, 1]).repeat(2000)
+    kept, _ = subsample(points, MANY[:6000], 5, count=count)
+    index = kept[..., 0].long()
+    for size in (7, 12):
+        mine = index[count == size]
+        assert mine.max() == size - 1
+        assert all(len(set(row)) == 5 for row in mine.tolist())
+        for place in range(5):
+            assert stats.chisquare(mine[:, place].bincount(minlength=size).numpy()).pvalue > 1e-4
+    assert (index[count == 1] == 0).all()
+    more, part = subsample(points, MANY[:6000], 20, points[..., 0].long(), count)
+    assert part is not None
+    assert torch.equal(part, more[..., 0].long())
+    for size, low, high in ((7, 2, 3), (12, 1, 2), (1, 20, 20)):
+        for row in part[count == size][:200]:
+            counts = row.bincount(minlength=size)
+            assert len(counts) == size
+            assert low <= counts.min() <= counts.max() <= high
+            assert torch.equal(row[size:], row[:-size])  # again and again in the same order
+    for number in (5, 12, 30):
+        full = subsample(points[:9], MANY[:9], number, count=torch.full((9,), 12))[0]
+        assert torch.equal(full, subsample(points[:9], MANY[:9], number)[0])
+
+
+def test_augmented_clouds_of_unequal_size() -> None:
+    augment = PointAugmentation(rotation="full", dropout=0.3, jitter=0.02)
+    points, count = torch.randn(6, 50, 3), torch.tensor([10, 20, 30, 40, 50, 25])
+    moved, _ = augment(points, MANY[:6], 15, count=count)
+    padding = torch.arange(50) >= count[:, None]
+    again, _ = augment(points.masked_fill(padding[..., None], 1e6), MANY[:6], 15, count=count)
+    assert torch.equal(moved, again)
+
+
 def test_parts_follow_their_points() -> None:
     points = torch.randn(6, 50, 3)
     part = (points[..., 0] > 0).long() + 2 * (points[..., 1] > 0).long()

@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from litzoo.zoo.functional.points import normalize_points, unit_box, unit_sphere
+from litzoo.zoo.functional.points import farthest_points, normalize_points, unit_box, unit_sphere
 
 CLOUDS = torch.randn(5, 37, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 4.0, 0.2]) + torch.tensor([3.0, -1.0, 10.0])
 
@@ -82,3 +83,63 @@ def test_by_name() -> None:
     assert normalize_points(CLOUDS, "none") is CLOUDS
     with pytest.raises(ValueError, match="unit_sphere, unit_box, none; got 'sphere'"):
         normalize_points(CLOUDS, "sphere")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("normalization", ["unit_sphere", "unit_box", "none"])
+def test_repeated_points_do_not_count(normalization: str) -> None:
+    count = torch.tensor([37, 20, 1, 5, 36])
+    padded = torch.stack([cloud[torch.arange(50) % size] for cloud, size in zip(CLOUDS, count.tolist(), strict=True)])
+    found = normalize_points(padded, normalization, count)
+    for cloud, size, result in zip(CLOUDS, count.tolist(), found, strict=True):
+        expected = normalize_points(cloud[:size], normalization)
+        torch.testing.assert_close(result, expected[torch.arange(50) % size], rtol=1e-5, atol=1e-6)
+
+
+def naive_farthest(cloud: torch.Tensor, number: int) -> list[int]:
+    """Each time the first of the points not yet taken whose least distance to those taken is largest; in float64."""
+    points, taken = cloud.double(), [0]
+    for _ in range(number - 1):
+        nearest = [min((point - points[other]).square().sum().item() for other in taken) for point in points]
+        taken.append(max((place for place in range(len(points)) if place not in taken), key=nearest.__getitem__))
+    return taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [1, 2, 20, 37])
+def test_farthest_points(dtype: torch.dtype, number: int) -> None:
+    found = farthest_points(CLOUDS.to(dtype), number)
+    assert found.dtype == torch.int64
+    assert found.tolist() == [naive_farthest(cloud, number) for cloud in CLOUDS]
+    assert torch.equal(found, farthest_points(CLOUDS.to(dtype), 37)[:, :number])
+
+
+def test_farthest_points_of_a_grid() -> None:
+    """Many points are equally far: the first of them is taken."""
+    axis = torch.arange(4.0)
+    grid = torch.cartesian_prod(axis, axis, axis)[None]
+    for points in (grid, grid.half(), -grid):
+        assert farthest_points(points, 64)[0].tolist() == naive_farthest(grid[0], 64)
+
+
+def test_copies_are_taken_last() -> None:
+    cloud = CLOUDS[:, :10]
+    padded = torch.cat([cloud, cloud, cloud], 1)
+    found = farthest_points(padded, 30)
+    assert torch.equal(found[:, :10], farthest_points(cloud, 10))
+    assert found[:, 10:].tolist() == [list(range(10, 30))] * 5
+    assert farthest_points(torch.zeros(2, 5, 3), 5).tolist() == [[0, 1, 2, 3, 4]] * 2
+
+
+@pytest.mark.parametrize("number", [0, 38])
+def test_impossible_number_of_farthest_points(number: int) -> None:
+    with pytest.raises(ValueError, match=r"number must lie in \[1, 37\]"):
+        farthest_points(CLOUDS, number)
+
+
+def test_farthest_points_like_open3d() -> None:
+    open3d = pytest.importorskip("open3d")
+    for cloud, found in zip(CLOUDS, farthest_points(CLOUDS, 20), strict=True):
+        vectors = open3d.utility.Vector3dVector(cloud.double().numpy())
+        chosen = open3d.geometry.PointCloud(vectors).farthest_point_down_sample(20)
+        expected = {tuple(point) for point in np.asarray(chosen.points).tolist()}
+        assert {tuple(point) for point in cloud[found].double().tolist()} == expected
