@@ -14,6 +14,7 @@ DATAMODULES = {
     "HDF5ImagesDataModule": "hdf5_images",
     "HDF5PointsDataModule": "hdf5_points",
     "ImageFolderDataModule": "image_folder",
+    "MeshFolderDataModule": "mesh_folder",
     "PatientsDataModule": "patients",
     "STL10DataModule": "stl10",
     "ShapeNetPartDataModule": "shapenet_part",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .hdf5_points import HDF5PointsDataModule as HDF5PointsDataModule
     from .image_folder import ImageFolderDataModule as ImageFolderDataModule
     from .images import ImageDataModule as ImageDataModule
+    from .mesh_folder import MeshFolderDataModule as MeshFolderDataModule
     from .patients import PatientsDataModule as PatientsDataModule
     from .points import PointsDataModule as PointsDataModule
     from .shapenet_part import ShapeNetPartDataModule as ShapeNetPartDataModule

@@ -26,6 +26,7 @@ from litzoo.datamodules import (
     HDF5ImagesDataModule,
     HDF5PointsDataModule,
     ImageFolderDataModule,
+    MeshFolderDataModule,
     PatientsDataModule,
     PointAugmentation,
     ShapeNetPartDataModule,
@@ -153,6 +154,20 @@ def write_shapenet(root: Path, layout: str, clouds: Clouds, lists: dict[str, lis
     return root
 
 
+def write_shapes(root: Path, shapes: int = 20, classes: tuple[str, ...] = ("cube", "plate", "rod"), seed: int = 0) -> Path:
+    """Fabricate a folder of OFF files, boxes of many sizes, so many of each class: a plate is flat, a rod is long."""
+    rng = np.random.default_rng(seed)
+    corners = np.indices((2, 2, 2)).reshape(3, 8).T
+    faces = "4 0 1 3 2\n4 4 6 7 5\n4 0 4 5 1\n4 2 3 7 6\n4 0 2 6 4\n4 1 5 7 3\n"
+    for name in classes:
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for number in range(shapes):
+            size = rng.uniform(0.8, 1.2, 3) * {"plate": (1, 0.1, 1), "rod": (0.2, 2, 0.2)}.get(name, (1, 1, 1))
+            vertices = "".join("{} {} {}\n".format(*row) for row in corners * size)
+            (root / name / f"{number:02}.off").write_text(f"OFF\n8 6 0\n{vertices}{faces}")
+    return root
+
+
 @dataclass(frozen=True)
 class Case:
     """One DataModule.
@@ -205,6 +220,13 @@ def _shapenet(folder: Path, **settings: Any) -> ArrayDataModule:
     return ShapeNetPartDataModule(root, num_points=16, eval_points=30, augmentation=everything, **settings)
 
 
+def _meshes(folder: Path, **settings: Any) -> ArrayDataModule:
+    root = folder / "contract_meshes"
+    if not root.exists():
+        write_shapes(root)
+    return MeshFolderDataModule(root, sampled_points=96, num_points=48, augmentation=PointAugmentation(rotation="yaw"), **settings)
+
+
 CASES = {
     "hdf5_points": Case(_clouds, batch_size=8),
     "furniture": Case(lambda folder, **settings: FurnitureDataModule(num_points=64, **settings), batch_size=32),
@@ -212,6 +234,7 @@ CASES = {
     "digits": Case(lambda folder, **settings: DigitsDataModule(image_size=8, **settings), batch_size=200),
     "hdf5_images": Case(_images, batch_size=8),
     "image_folder": Case(_folder, batch_size=8),
+    "mesh_folder": Case(_meshes, batch_size=8),
     "shapenet_part": Case(_shapenet, batch_size=10),
 }
 

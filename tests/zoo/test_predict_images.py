@@ -212,7 +212,7 @@ def test_the_wrong_kind(weights: Path, here: Path, capsys: pytest.CaptureFixture
     assert "LogisticRegression, which classifies neither pictures nor point clouds" in mistake(capsys, weights, "a.png", model="numbers")
     (here / "photos").mkdir()
     Image.fromarray(pixels(0)).save("photos/a.png")
-    assert "photos holds no .npy, .h5, .hdf5 file with point clouds" in mistake(capsys, weights, "photos", model="points")
+    assert "photos holds no .npy, .h5, .hdf5, .obj" in mistake(capsys, weights, "photos", model="points")
     assert "nowhere.png" in mistake(capsys, weights, "nowhere.png")
     (here / "a.txt").write_text("hello")
     assert "a.txt: pictures are read from .jpg" in mistake(capsys, weights, "a.txt")
@@ -275,4 +275,4 @@ def test_help_names_both_kinds_and_imports_no_torch() -> None:
     code = "import sys; from litzoo.zoo.cli import main; main(['--help']); print('torch' in sys.modules, 'PIL' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "False False"
-    assert "classify pictures or point clouds" in result.stdout
+    assert "classify pictures, meshes or point clouds" in result.stdout

@@ -10,8 +10,8 @@ COMMANDS = {
     "fit": "train a model: litzoo fit --config pointnet_furniture",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split, once",
-    "predict": "classify pictures or point clouds: litzoo predict cloud.npy --model pointnet_furniture",
-    "show": "pictures of data and of augmented views: litzoo show data --config pointnet_furniture",
+    "predict": "classify pictures, meshes or point clouds: litzoo predict chair.obj --model pointnet_furniture",
+    "show": "pictures of data, of augmented views and of critical points: litzoo show data --config pointnet_furniture",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }

@@ -1,33 +1,41 @@
-"""`litzoo predict`: pictures or point clouds in files or folders become classes with their probabilities."""
+"""`litzoo predict`: pictures, meshes or point clouds in files or folders become classes with their probabilities."""
 
 import argparse
 import csv
+import inspect
 import io
 import json
 import os
 import sys
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ...datamodules.meshes import SHAPE_SUFFIXES, UpAxis, read_clouds, turn_up
 from ...datamodules.pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
+from ..functional.points import VoteBy
 from ..pretrained import load, load_checkpoint
 from . import CommandError
 
 Kind = Literal["points", "images"]
 ARRAYS = (".npy", ".h5", ".hdf5")
-READABLE = {"points": ARRAYS, "images": (*PICTURE_SUFFIXES, *ARRAYS)}
+SHAPES = tuple(suffix for suffix in SHAPE_SUFFIXES if suffix not in ARRAYS)
+READABLE = {"points": (*ARRAYS, *SHAPES), "images": (*PICTURE_SUFFIXES, *ARRAYS)}
 NOUN = {"points": "point clouds", "images": "pictures"}
 _CONTENT = {"points": "points", "images": "image"}
 _FORMS = {
-    "points": ".npy files of shape (points, 3) or (clouds, points, 3), HDF5 files with `points`",
+    "points": f".npy files of shape (points, 3) or (clouds, points, 3), HDF5 files with `points`, {', '.join(SHAPES)} files",
     "images": f"{', '.join(PICTURE_SUFFIXES)} files, .npy files of uint8 (height, width, channels) or (pictures, height, width, channels), "
     "HDF5 files with `image`",
 }
+_VOTING = ("votes", "vote_by")
+# Points that a mesh is sampled at, and that are kept of a cloud.
+_POINTS = 2048
 # Pixels of the pictures that are held at a time, whatever their number: photographs are large.
 _PIXELS = 1 << 25
 
@@ -50,9 +58,10 @@ def _check_sources(sources: list[Path]) -> None:
             continue
         if not source.exists():
             raise CommandError(f"there is no file or folder {source}")
-        if source.suffix.lower() not in READABLE["images"]:
+        if source.suffix.lower() not in (*PICTURE_SUFFIXES, *SHAPES, *ARRAYS):
             raise CommandError(
-                f"{source}: pictures are read from {', '.join(PICTURE_SUFFIXES)} files, arrays from {', '.join(ARRAYS)} files"
+                f"{source}: pictures are read from {', '.join(PICTURE_SUFFIXES)} files, meshes and clouds from {', '.join(SHAPES)} files, "
+                f"arrays from {', '.join(ARRAYS)} files"
             )
 
 
@@ -79,6 +88,8 @@ def _held(path: Path) -> Kind | None:
     """What a file holds, without reading it whole; None if it cannot be told, so that reading it says what is wrong."""
     if path.suffix.lower() in PICTURE_SUFFIXES:
         return "images"
+    if path.suffix.lower() in SHAPES:
+        return "points"
     try:
         if path.suffix.lower() == ".npy":
             array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -178,12 +189,39 @@ def _rows(piece: _Piece, probabilities: Tensor, names: list[str], top: int) -> l
     return rows
 
 
-def _classify_clouds(model: Any, files: list[Path], batch_size: int, top: int) -> list[dict[str, Any]]:
-    rows = []
-    for path, clouds in [(path, _clouds(path)) for path in files]:  # all are read first, so that a broken file costs no work
-        for number, part in enumerate(torch.from_numpy(clouds.astype(np.float32)).split(batch_size)):
-            rows += _rows(_Piece(path, number * batch_size, part), model.predict(part), model.class_names, top)
-    return rows
+def _classify_clouds(model: Any, files: list[Path], options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+    """The rows in the order of the files, and the shapes that cannot be read with the reasons."""
+    votes = {name: value for name in _VOTING if (value := getattr(options, name)) is not None}
+    rows: list[dict[str, Any]] = []
+    waiting: list[_Piece] = []
+    corrupt: dict[Path, str] = {}
+
+    def classify_waiting() -> None:
+        # Those of one size go through the model together.
+        for _, group in groupby(waiting, lambda piece: piece.samples.shape):
+            pieces = list(group)
+            probabilities = model.predict(torch.stack([piece.samples for piece in pieces]), **votes)
+            for piece, row in zip(pieces, probabilities.split(1), strict=True):
+                rows.extend(_rows(piece, row, model.class_names, options.top))
+        waiting.clear()
+
+    for path in files:
+        if path.suffix.lower() in ARRAYS:
+            _clouds(path)  # refused before any work is done
+    for array, group in groupby(files, lambda path: path.suffix.lower() in ARRAYS):
+        paths = list(group)
+        read = map(_clouds, paths) if array else read_clouds(paths, options.points or _POINTS)
+        for path, found in zip(paths, read, strict=True):
+            if isinstance(found, str):
+                corrupt[path] = found
+                continue
+            clouds = found if array else found[None]
+            for position, cloud in enumerate(torch.from_numpy(turn_up(clouds, options.up_axis or "y").astype(np.float32))):
+                waiting.append(_Piece(path, position, cloud))
+                if len(waiting) == options.batch_size:
+                    classify_waiting()
+    classify_waiting()
+    return rows, corrupt
 
 
 def _classify_pictures(model: Any, files: list[Path], batch_size: int, top: int) -> tuple[list[dict[str, Any]], dict[Path, str]]:
@@ -250,26 +288,40 @@ def _write(rows: list[dict[str, Any]], output: Path | None, noun: str) -> None:
     print(f"{len(rows)} {noun}: {output}")
 
 
-def _complaint(corrupt: dict[Path, str], number: int, rows: int) -> str:
+def _complaint(corrupt: dict[Path, str], number: int, rows: int, kind: Kind) -> str:
     first = ", ".join(f"{path} ({reason})" for path, reason in list(corrupt.items())[:5])
     more = f" and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
     rest = "; the others are classified" if rows else ""
-    return f"{len(corrupt)} of {number} files cannot be decoded: {first}{more}{rest}"
+    return f"{len(corrupt)} of {number} files cannot be {'read' if kind == 'points' else 'decoded'}: {first}{more}{rest}"
+
+
+def _check_options(arguments: argparse.Namespace, model: Any, kind: Kind) -> None:
+    """Refuse the options that a model does not take."""
+    takes = inspect.signature(model.predict).parameters
+    for name in ("points", "up_axis", *_VOTING):
+        option = f"--{name.replace('_', '-')}"
+        if getattr(arguments, name) is None:
+            continue
+        if kind != "points":
+            raise CommandError(f"{option} is for meshes and point clouds, but {arguments.model} classifies pictures: leave it out")
+        if name in _VOTING and name not in takes:
+            raise CommandError(f"{option}: {arguments.model} is a {type(model).__name__}, which takes no votes: leave it out")
 
 
 def predict(argv: list[str]) -> int:
-    """Classify pictures or point clouds, whichever the model was made for.
+    """Classify pictures, meshes or point clouds, whichever the model was made for.
 
     Args:
-        argv: the options and sources: picture files, .npy files of uint8 (height, width, channels) or (pictures, height, width,
-            channels) or of clouds (points, 3) or (clouds, points, 3), HDF5 files with `image` or `points`, and folders of these.
+        argv: the options and sources: picture files, meshes and clouds as `read_cloud` reads them, .npy files of uint8 (height, width,
+            channels) or (pictures, height, width, channels) or of clouds (points, 3) or (clouds, points, 3), HDF5 files with `image` or
+            `points`, and folders of these.
 
     Returns:
         The exit status.
 
     Raises:
-        CommandError: if a source is missing, broken or of the other kind, or the model does not classify. Pictures that cannot be
-            decoded are named after the others have been classified and written.
+        CommandError: if a source is missing, broken or of the other kind, the model does not classify, or does not take an option. Pictures
+            and meshes that cannot be read are named after the others have been classified and written.
 
     Example:
         >>> predict(["photos", "--model", "photos.safetensors", "--output", "classes.csv"])
@@ -277,17 +329,29 @@ def predict(argv: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="litzoo predict",
-        description="Classify pictures or point clouds, whichever the model was made for. "
-        f"Pictures: {_FORMS['images']}. Clouds: {_FORMS['points']}.",
+        description="Classify pictures, meshes or point clouds, whichever the model was made for. "
+        f"Pictures: {_FORMS['images']}. Meshes and clouds: {_FORMS['points']}.",
     )
     parser.add_argument("sources", metavar="SOURCE", nargs="+", type=Path, help="files or folders, which are searched for both")
     parser.add_argument("--model", required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt or hf-hub:owner/repo")
     parser.add_argument("--top", type=int, default=5, help="classes to name for each picture or cloud (default: 5)")
     parser.add_argument("--output", type=Path, help="a .csv or .json file; by default CSV goes to the terminal")
     parser.add_argument("--batch-size", type=int, default=32, help="pictures or clouds at a time (default: 32)")
+    parser.add_argument(
+        "--points",
+        type=int,
+        help=f"points to sample on a mesh, and the most to keep of a file of points (default: {_POINTS}); "
+        ".npy and HDF5 clouds are taken whole",
+    )
+    parser.add_argument("--up-axis", choices=get_args(UpAxis), help="the axis of the shapes that points up (default: y)")
+    parser.add_argument("--votes", type=int, help="views of each cloud whose probabilities are averaged (default: 1)")
+    parser.add_argument("--vote-by", choices=get_args(VoteBy), help="turn the views about the up axis, or give them subsets (default: yaw)")
     arguments = parser.parse_args(argv)
-    if arguments.top < 1 or arguments.batch_size < 1:
-        raise CommandError("--top and --batch-size must be at least 1")
+    for option in ("top", "batch_size", "points", "votes"):
+        if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
+            raise CommandError(f"--{option.replace('_', '-')} must be at least 1")
+    if arguments.vote_by is not None and arguments.votes is None:
+        raise CommandError("--vote-by says what the views of --votes are: give both")
     output: Path | None = arguments.output
     if output is not None and output.suffix.lower() not in (".csv", ".json"):
         raise CommandError(f"--output {output}: give a name that ends in .csv or .json")
@@ -299,14 +363,14 @@ def predict(argv: list[str]) -> int:
     kind: Kind | None = getattr(model, "input_kind", None)
     if kind not in READABLE or not hasattr(model, "predict") or not hasattr(model, "class_names"):
         raise CommandError(f"{arguments.model} is a {type(model).__name__}, which classifies neither pictures nor point clouds")
+    _check_options(arguments, model, kind)
     files = _files(arguments.sources, kind, arguments.model)
-    corrupt: dict[Path, str] = {}
     if kind == "points":
-        rows = _classify_clouds(model, files, arguments.batch_size, arguments.top)
+        rows, corrupt = _classify_clouds(model, files, arguments)
     else:
         rows, corrupt = _classify_pictures(model, files, arguments.batch_size, arguments.top)
     if rows:
         _write(rows, output, "clouds" if kind == "points" else "pictures")
     if corrupt:
-        raise CommandError(_complaint(corrupt, len(files), len(rows)))
+        raise CommandError(_complaint(corrupt, len(files), len(rows), kind))
     return 0
