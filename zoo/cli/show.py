@@ -1,4 +1,4 @@
-"""`litzoo show`: pictures of data and of what augmentation makes of them."""
+"""`litzoo show`: pictures of data, of what augmentation makes of them, and of the points that decide what a PointNet says."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 _SUBJECTS = {
     "data": "class frequencies, and a sheet of samples",
     "views": "training samples beside what augmentation makes of them",
+    "critical": "the points of clouds that decide what a PointNet says",
 }
+_USAGE = {"data": "--config RECIPE", "views": "--config RECIPE", "critical": "FILE... --model NAME"}
 
 
 class _Parser(ArgumentParser):
@@ -38,6 +40,10 @@ def _data_node(path: str) -> Any:
     return recipe["data"]
 
 
+def _sentence(subject: str) -> str:
+    return f"{_SUBJECTS[subject][0].upper()}{_SUBJECTS[subject][1:]}, as PNG files."
+
+
 def _parser(subject: str) -> ArgumentParser:
     """What every subject takes: which data, and where to put the pictures."""
     from lightning.pytorch import LightningDataModule
@@ -46,8 +52,7 @@ def _parser(subject: str) -> ArgumentParser:
 
     for name in datamodules.DATAMODULES:
         getattr(datamodules, name)
-    sentence = _SUBJECTS[subject][0].upper() + _SUBJECTS[subject][1:]
-    parser = _Parser(prog=f"litzoo show {subject}", description=f"{sentence}, as PNG files.")
+    parser = _Parser(prog=f"litzoo show {subject}", description=_sentence(subject))
     parser.add_argument("-c", "--config", help="name or file of a recipe, of which only `data` is used")
     parser.add_subclass_arguments(LightningDataModule, "data", required=False)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the pictures")
@@ -210,7 +215,7 @@ def _show_views(arguments: list[str]) -> int:
 
 
 def show(arguments: list[str]) -> int:
-    """Draw what the first argument names: `data` or `views`.
+    """Draw what the first argument names: `data`, `views` or `critical`.
 
     Args:
         arguments: the subject and its options.
@@ -226,11 +231,15 @@ def show(arguments: list[str]) -> int:
         0
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  litzoo show {subject:<5} --config RECIPE   {text}" for subject, text in _SUBJECTS.items()]
+        lines = [f"  litzoo show {subject:<8} {_USAGE[subject]:<20}  {text}" for subject, text in _SUBJECTS.items()]
         print(
             "\n".join([f"usage: litzoo show {{{','.join(_SUBJECTS)}}} ...", "", *lines, "", "litzoo show SUBJECT --help tells the options"])
         )
         return 0
     if arguments[0] not in _SUBJECTS:
         raise CommandError(f"litzoo show {arguments[0]}: {did_you_mean(arguments[0], list(_SUBJECTS))}")
+    if arguments[0] == "critical":
+        from .show_critical import show_critical
+
+        return show_critical(_Parser(prog="litzoo show critical", description=_sentence("critical")), arguments[1:])
     return (_show_data if arguments[0] == "data" else _show_views)(arguments[1:])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .critical_points import body_of
+from .critical_points import body_of, shape_of
 from .point_clouds import cloud_of
 
 
@@ -116,7 +116,7 @@ def write_html(path: str | os.PathLike[str], scenes: Sequence[Scene], title: str
 
 def _object(scene: Scene) -> dict[str, Any]:
     cloud = cloud_of(scene.points)
-    upper = None if scene.upper is None else np.asarray(scene.upper, dtype=np.float64).reshape(-1, 3)
+    upper = None if scene.upper is None else shape_of(scene.upper)
     whole = cloud if upper is None else np.concatenate([cloud, upper])
     low, high = whole.min(axis=0), whole.max(axis=0)
     middle = (low + high) / 2

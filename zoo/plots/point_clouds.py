@@ -13,6 +13,14 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from .figures import INK, MUTED, SERIES, new_figure, shorten, text_width
 
 _YAW, _PITCH = np.deg2rad(35.0), np.deg2rad(20.0)
+# To the right of the picture, up in it, and towards the eye: as seen from the front, a little from the side and above.
+VIEW = np.array(
+    [
+        [np.cos(_YAW), 0.0, np.sin(_YAW)],
+        [np.sin(_PITCH) * np.sin(_YAW), np.cos(_PITCH), -np.sin(_PITCH) * np.cos(_YAW)],
+        [-np.cos(_PITCH) * np.sin(_YAW), np.sin(_PITCH), np.cos(_PITCH) * np.cos(_YAW)],
+    ]
+)
 # From far to near.
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#c3dcf0", "#5b9bcb", "#2a6099", "#132f52"])
 _CELLS = 26
@@ -37,11 +45,9 @@ class Frame(NamedTuple):
 
 
 def _view(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Project `(N, 3)`, +y up, as seen from the front, a little from the side and above: `(N, 2)` and depth `(N,)`."""
-    x, y, z = points.T
-    x, z = np.cos(_YAW) * x + np.sin(_YAW) * z, -np.sin(_YAW) * x + np.cos(_YAW) * z
-    y, z = np.cos(_PITCH) * y - np.sin(_PITCH) * z, np.sin(_PITCH) * y + np.cos(_PITCH) * z
-    return np.stack([x, y], axis=1), z
+    """Project `(N, 3)`, +y up: place in the picture `(N, 2)`, and `(N,)` how near."""
+    seen = points @ VIEW.T
+    return seen[:, :2], seen[:, 2]
 
 
 def _behind(flat: np.ndarray, near: np.ndarray) -> np.ndarray:
