@@ -8,6 +8,7 @@ if __name__ != "litzoo.callbacks":
 
 CALLBACKS = {
     "ConfusionMatrixPlot": "confusion_matrix_plot",
+    "CriticalPointsPlot": "critical_points_plot",
     "DecisionBoundaryPlot": "decision_boundary_plot",
     "DiscriminativeLR": "discriminative_lr",
     "EMA": "ema",
@@ -26,6 +27,7 @@ __all__ = list(CALLBACKS) + list(_FUNCTIONS)
 
 if TYPE_CHECKING:
     from .confusion_matrix_plot import ConfusionMatrixPlot as ConfusionMatrixPlot
+    from .critical_points_plot import CriticalPointsPlot as CriticalPointsPlot
     from .decision_boundary_plot import DecisionBoundaryPlot as DecisionBoundaryPlot
     from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
     from .discriminative_lr import discriminative_param_groups as discriminative_param_groups

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matrix import (
     COMBINATIONS,
     CONDITIONS,
+    ELSEWHERE,
     LEVEL,
     PRECISIONS,
     ROWS,
@@ -305,7 +306,8 @@ def test_matrix(name: str, condition: str, tmp_path: Path) -> None:
 
 
 def test_table_is_whole() -> None:
-    assert set(ROWS) == set(CALLBACKS)
+    assert {*ROWS, *ELSEWHERE} == set(CALLBACKS)
+    assert all(Path(__file__).with_name(file).is_file() for file in ELSEWHERE.values())
     assert set(CONDITIONS) == {*CHECKS, "processes"}
     for row in ROWS.values():
         assert set(row.refuses) == set(row.reason) <= set(CONDITIONS)
