@@ -181,7 +181,7 @@ def _sample(vertices: np.ndarray, faces: np.ndarray, num_points: int, seed: int)
         raise ValueError("its faces have no area")
     r, s, t = _uniform(seed, _content(corners), 3, num_points)
     # The first triangle below which more area lies: one without area is never that.
-    chosen = np.searchsorted(below, r * below[-1], side="right")
+    chosen = np.searchsorted(below[:-1], r * below[-1], side="right")
     root = np.sqrt(s)[:, None]
     weight = t[:, None]
     return ((1 - root) * a[chosen] + root * (1 - weight) * b[chosen] + root * weight * c[chosen]).astype(np.float32)
