@@ -3,8 +3,11 @@
 The conditions are those of the callback matrix, on a PointNet, because it refuses every other module.
 """
 
+import contextlib
 import pickle
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +208,37 @@ def test_refusals(tmp_path: Path) -> None:
     points = DataLoader(clouds().tensors[0], batch_size=4)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"draws batches \(points, label\), these are Tensor"):
         make_trainer(tmp_path, make()).validate(Tensors(3), points, verbose=False)
+
+
+# Two processes
+
+
+def run_rank(folder: Path) -> None:
+    """One of two processes, with clouds of its own: the picture, drawn by the first one alone, changes no weight of either."""
+    import os
+
+    rank = int(os.environ["RANK"])
+    ends = []
+    for made in ([], [make()]):
+        model = small()
+        trainer = make_trainer(
+            folder / str(len(made)), StepSeed(1), *made, max_epochs=1, strategy="ddp", devices=2, use_distributed_sampler=False
+        )
+        trainer.fit(model, loader(rank), loader(5 + rank))
+        trainer.test(model, loader(5 + rank), verbose=False)
+        ends.append({name: value.clone() for name, value in model.named_parameters()})
+    torch.save(ends, folder / f"rank_{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, two_processes: Callable[..., None]) -> None:
+    two_processes(Path(__file__), tmp_path)
+    (bare, made), (_, other) = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+    assert same(bare, made)
+    assert same(made, other)
+    assert {path.name for path in (tmp_path / "1").glob("*.png")} == {"critical_points_val.png", "critical_points_test.png"}
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        run_rank(Path(sys.argv[1]))
