@@ -15,6 +15,7 @@ CALLBACKS = {
     "FGM": "fgm",
     "Flooding": "flooding",
     "GradualUnfreeze": "gradual_unfreeze",
+    "PartPlot": "part_plot",
     "PerClassTable": "per_class_table",
     "SAM": "sam",
     "SWA": "swa",
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from .fgm import FGM as FGM
     from .flooding import Flooding as Flooding
     from .gradual_unfreeze import GradualUnfreeze as GradualUnfreeze
+    from .part_plot import PartPlot as PartPlot
     from .per_class_table import PerClassTable as PerClassTable
     from .sam import SAM as SAM
     from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble

@@ -92,7 +92,62 @@ def loading_text(folder: Path, clouds: int = 512, points: int = 2500, batch_size
     return lambda: sum(len(batch[1]) for batch in DataLoader(TextClouds(), batch_size, shuffle=True, drop_last=True))
 
 
-# pointnet, allocator: a training step
+# points-loading: batches of ShapeNetPart
+
+
+def _shapenet(folder: Path, clouds: int, points: int) -> None:
+    """Fabricate ShapeNetPart as its release with normals has it: a text file of seven columns for each shape."""
+    import json
+
+    import numpy as np
+
+    coordinates, _, part = _stored_clouds(clouds, points)
+    names = [f"{'02691156' if index % 2 else '03001627'}/{index:05}" for index in range(clouds)]
+    for name, xyz, labels in zip(names, coordinates, part, strict=True):
+        path = folder / f"{name}.txt"
+        path.parent.mkdir(exist_ok=True)
+        first = 0 if name.startswith("02691156") else 12  # both classes have four parts
+        np.savetxt(path, np.column_stack([xyz, xyz, first + labels % 4]), fmt="%.6f")
+    lists = folder / "train_test_split"
+    lists.mkdir()
+    for split in ("train", "val", "test"):
+        listed = [f"shape_data/{name}" for name in names] if split == "train" else []
+        (lists / f"shuffled_{split}_file_list.json").write_text(json.dumps(listed))
+
+
+def points_loading_litzoo(folder: Path, clouds: int = 512, points: int = 2500, batch_size: int = 32) -> Run:
+    """One epoch of batches out of the packed file; it was packed before."""
+    from litzoo.datamodules import ShapeNetPartDataModule
+
+    root = folder / "shapenet"
+    root.mkdir()
+    _shapenet(root, clouds, points)
+    data = ShapeNetPartDataModule(root, batch_size=batch_size, farthest=0, seed=0)
+    data.num_train  # noqa: B018  # packs
+    return lambda: sum(len(batch.label) for batch in data.train_dataloader())
+
+
+def points_loading_text(folder: Path, clouds: int = 512, points: int = 2500, batch_size: int = 32) -> Run:
+    """One epoch of batches whose shapes are parsed by `np.loadtxt`, as data sets do that keep no copy of their own."""
+    import numpy as np
+    import torch
+    from torch.utils.data import DataLoader, Dataset
+
+    _shapenet(folder, clouds, points)
+    paths = sorted(folder.glob("0*/*.txt"))
+
+    class TextShapes(Dataset[Any]):
+        def __len__(self) -> int:
+            return len(paths)
+
+        def __getitem__(self, index: int) -> Any:
+            rows = np.loadtxt(paths[index]).astype(np.float32)
+            return rows[:, :3], index % 2, torch.from_numpy(rows[:, 6].astype(np.int64))
+
+    return lambda: sum(len(batch[1]) for batch in DataLoader(TextShapes(), batch_size, shuffle=True, drop_last=True))
+
+
+# pointnet, pointnet-2500, allocator: a training step
 
 
 def _training_step(model: Any, loss: Callable[[Any, Any], Any], clouds: int, points: int, classes: int) -> Run:
@@ -121,6 +176,16 @@ def pointnet_textbook(folder: Path, clouds: int = 32, points: int = 1024, classe
     """The same step of the same network, written as tutorials write it."""
     model = textbook_pointnet(classes)
     return _training_step(model, model.loss, clouds, points, classes)
+
+
+def pointnet_2500_litzoo(folder: Path) -> Run:
+    """The same step for clouds of 2,500 points."""
+    return pointnet_litzoo(folder, points=2500)
+
+
+def pointnet_2500_textbook(folder: Path) -> Run:
+    """The same step for clouds of 2,500 points."""
+    return pointnet_textbook(folder, points=2500)
 
 
 def textbook_pointnet(classes: int, dropout: float = 0.3) -> Any:
@@ -212,6 +277,20 @@ BENCHMARKS: dict[str, Benchmark] = {
         summary="one epoch of 512 clouds of 2,500 points with part labels, opened anew, page cache warm",
         cases={"litzoo, HDF5": loading_litzoo, "np.loadtxt, a file a cloud": loading_text},
         items=512,
+        unit="clouds",
+        rounds=5,
+    ),
+    "points-loading": Benchmark(
+        summary="one epoch of batches of 512 shapes of 2,500 points, normals and part labels, page cache warm",
+        cases={"litzoo, packed": points_loading_litzoo, "np.loadtxt, a file a shape": points_loading_text},
+        items=512,
+        unit="shapes",
+        rounds=5,
+    ),
+    "pointnet-2500": Benchmark(
+        summary="PointNet training step, 32 clouds of 2,500 points: forward, backward, AdamW",
+        cases={"litzoo": pointnet_2500_litzoo, "textbook": pointnet_2500_textbook},
+        items=32,
         unit="clouds",
         rounds=5,
     ),

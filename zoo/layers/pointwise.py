@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 # Numbers that are worked on at a time, so that they stay in the cache: of features for each thread, and of scores.
 _CHUNK = 1 << 17
-_SCORES = 1 << 20
+_SCORES = 1 << 18
 _GPU_CHUNK = 1 << 25
 _GROUP = 64
 
@@ -131,9 +131,9 @@ class _Dense(torch.autograd.Function):
         back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         blocks = list(_blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()))
         for part in blocks:
-            g = torch.where(y[part] > 0, gradient[part], 0.0)
+            g = _behind_relu(gradient[part], y[part])
             product += (g @ x[part].mT).sum(dim=0)
-            total += g.sum(dim=(0, 2))
+            total += g.sum(dim=2).sum(dim=0)
             if back is not None:
                 torch.matmul(matrix.mT, g, out=back[part])
         by_scale = inverse * ((product * weight).sum(dim=1) - statistics.mean * total)
@@ -175,7 +175,7 @@ class _Maximum(torch.autograd.Function):
             output = _plain(x, weight, scale, shift, statistics, ctx.eps).gather(2, point.unsqueeze(2)).squeeze(2)
             output = F.relu(output) if ctx.relu else output
             return *_gradients_of(output, (x, weight, scale, shift), gradient), None, None, None
-        g = torch.where(value > 0, gradient, 0.0) if ctx.relu else gradient
+        g = _behind_relu(gradient, value) if ctx.relu else gradient
         inverse = (statistics.variance + ctx.eps).rsqrt()
         factor = scale * inverse
         matrix = weight * factor[:, None]
@@ -191,14 +191,23 @@ class _Maximum(torch.autograd.Function):
             rows = x[part].mT.reshape(-1, channels)
             row = (point[part] + torch.arange(clouds, device=x.device)[:, None] * points).flatten()
             chosen = rows.index_select(0, row).view(clouds, -1, channels)
-            product += (chosen[0] * g[part][0, :, None]) if clouds == 1 else torch.einsum("bck,bc->ck", chosen, g[part])
+            if clouds == 1:
+                product.addcmul_(chosen[0], g[part].mT)
+            else:
+                product += torch.einsum("bck,bc->ck", chosen, g[part])
             if back is not None:
                 direct = rows.new_zeros(rows.shape) if constant is None else constant.T.repeat(len(rows), 1)
                 direct.index_add_(0, row, (g[part][:, :, None] * matrix).flatten(0, 1))
-                direct = direct.view(clouds, points, channels).mT
-                back[part] = direct if mixing is None else direct - mixing @ x[part]
+                if mixing is not None:
+                    direct.addmm_(rows, mixing, alpha=-1)
+                back[part] = direct.view(clouds, points, channels).mT
         by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
         return back, by_weight, by_scale, total, None, None, None
+
+
+def _behind_relu(gradient: Tensor, output: Tensor) -> Tensor:
+    """The gradient where a ReLU let something through, in one pass."""
+    return torch.ops.aten.threshold_backward(gradient, output, 0)
 
 
 def _weight_gradient(
@@ -214,21 +223,25 @@ def _weight_gradient(
 def _input_gradient(
     total: Tensor, by_scale: Tensor, weight: Tensor, factor: Tensor, inverse: Tensor, center: Tensor, count: int
 ) -> tuple[Tensor, Tensor]:
-    """What the batch statistics add to dL/dx at every point: constant - mixing x, `(K, K)` and `(K, 1)`."""
+    """What the batch statistics add to dL/dx at every point: constant - mixing x, symmetric `(K, K)` and `(K, 1)`."""
     mixing = (weight.mT * (factor * inverse * by_scale / count)) @ weight
     return mixing, (mixing @ center - weight.mT @ (factor * total / count))[:, None]
 
 
 def _best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The largest `weight @ x` of each cloud and channel, and its point: `(B, K, N)`, `(C, K)` -> twice `(B, C)`."""
-    found = []
-    for part in _blocks(x, len(weight), _SCORES):
-        # Channels by points, so that the maximum runs along memory.
-        scores = weight @ x[part]
-        point = _argmax(scores)
-        found.append((scores.gather(2, point.unsqueeze(2)).squeeze(2), point))
-    best, points = zip(*found, strict=True)
-    return torch.cat(best), torch.cat(points)
+    best = x.new_empty(len(x), len(weight))
+    points = torch.empty(best.shape, dtype=torch.long, device=x.device)
+    channels = len(weight) if x.is_cuda else max(1, _SCORES // x.shape[2])
+    for part in _blocks(x, min(channels, len(weight)), _SCORES):
+        for start in range(0, len(weight), channels):
+            rows = slice(start, start + channels)
+            # Channels by points, so that the maximum runs along memory.
+            scores = weight[rows] @ x[part]
+            point = _argmax(scores)
+            best[part, rows] = scores.gather(2, point.unsqueeze(2)).squeeze(2)
+            points[part, rows] = point
+    return best, points
 
 
 def _argmax(scores: Tensor) -> Tensor:
