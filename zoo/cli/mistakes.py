@@ -65,6 +65,9 @@ def parser_sentence(message: str) -> str:
     unknown_option = re.search(r"Option '([^']+)' is not accepted", message)
     if unknown_option:
         return f"{option}.{unknown_option[1]} is not an option of that class; {option}.help CLASS lists its options"
+    required = re.search(r"following arguments are required: ([\w.]+(?:, [\w.]+)*)", message)
+    if required and option != "--":
+        return f"give {' and '.join(f'{option}.{name}' for name in required[1].split(', '))}, which has no default"
     reasons = []
     for line in message.splitlines():
         reason = re.sub(r'Parser key "[^"]+":', "", line).strip()
