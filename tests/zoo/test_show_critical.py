@@ -168,7 +168,7 @@ def test_matplotlib_draws_where_open3d_cannot(run: Callable[..., tuple[int, str,
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", r"ended by signal 11\): install libvulkan1 and mesa-vulkan-drivers"),
         ("raise RuntimeError('Failed to load vulkan library!')", r"\(Failed to load vulkan library\): install libvulkan1"),
         ("raise ModuleNotFoundError(\"No module named 'open3d'\")", r"Open3D is not installed: pip install litzoo\[points\]"),
-        ("import time; time.sleep(60)", r"was not ready after 0\.6 s: install"),
+        ("import time; time.sleep(60)", r"was not ready after 0\.8 s: install"),
     ],
 )
 def test_every_way_to_fail_is_a_sentence(script: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_open3d_draws_or_says_why() -> None:
     assert full.shape == critical.shape
     assert (full[0, 0] == 255).all(), "white paper"
     assert (full < 200).any()
-    assert (critical[..., 0] > critical[..., 2] + 60).any(), "red balls"
+    assert (critical[..., 0] > critical[..., 2] + 60).any(), "red points"
 
 
 def test_the_other_process_is_told_to_draw_without_a_screen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

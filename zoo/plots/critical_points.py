@@ -13,7 +13,7 @@ PALE = LinearSegmentedColormap.from_list("pale", ["#eef1f4", "#d5dbe1"])
 CRITICAL = LinearSegmentedColormap.from_list("critical", ["#f0a080", "#d9492f", "#8f1414"])
 # From dark to bright: the upper bound is a body in the light.
 _BODY = LinearSegmentedColormap.from_list("body", ["#12352d", "#2c7a63", "#5fb592", "#d3efdf"])
-LIGHT = np.array([-0.15, 0.75, 0.65]) / np.linalg.norm([-0.15, 0.75, 0.65])
+_LIGHT = np.array([-0.15, 0.75, 0.65]) / np.linalg.norm([-0.15, 0.75, 0.65])
 _SIDE = 2.3  # inches of a picture
 
 
@@ -113,4 +113,4 @@ def body_of(points: np.ndarray) -> tuple[np.ndarray, float]:
     outward = points - points[neighbours].mean(axis=1)
     outward /= np.maximum(np.linalg.norm(outward, axis=1, keepdims=True), 1e-12)
     body: Colormap = _BODY
-    return body(0.5 + 0.5 * outward @ LIGHT), float(np.median(distance[:, 1])) if len(points) > 1 else 0.03
+    return body(0.5 + 0.5 * outward @ _LIGHT), float(np.median(distance[:, 1])) if len(points) > 1 else 0.03

@@ -1,4 +1,4 @@
-"""Critical sets drawn by Open3D, as balls in the light, in a process of its own."""
+"""Critical sets drawn by Open3D, in a process of its own."""
 
 import os
 import subprocess
@@ -6,15 +6,14 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from matplotlib.colors import Colormap
 
-from .critical_points import CRITICAL, LIGHT, PALE, body_of, shape_of
+from .critical_points import CRITICAL, PALE, body_of, shape_of
 from .point_clouds import DEPTH, VIEW, Frame, cloud_of, frame_of
 
-_PIXELS = 560  # of a picture, each way
+_PIXELS = 1000  # of a picture, each way
 _CURE = "install libvulkan1 and mesa-vulkan-drivers, for older versions of Open3D libegl1"
 
 
@@ -23,7 +22,7 @@ class RenderingError(RuntimeError):
 
 
 def render_with_open3d(
-    clouds: Sequence[np.ndarray] | np.ndarray, critical: Sequence[np.ndarray], upper: Sequence[np.ndarray] | None, timeout: float = 120.0
+    clouds: Sequence[np.ndarray] | np.ndarray, critical: Sequence[np.ndarray], upper: Sequence[np.ndarray] | None, timeout: float = 60.0
 ) -> list[list[np.ndarray]]:
     """Draw what `plot_critical_points` draws, by Open3D: its argument `pictures`.
 
@@ -33,7 +32,7 @@ def render_with_open3d(
         clouds: M clouds `(N, 3)`.
         critical: M arrays `(K,)` of indices into the cloud.
         upper: M shapes `(L, 3)`, or None.
-        timeout: seconds for a picture; without a graphics card it takes about ten.
+        timeout: seconds for a picture.
 
     Returns:
         M times 3 images `(S, S, 3)` of uint8, two without `upper`.
@@ -52,6 +51,7 @@ def render_with_open3d(
             cloud = cloud_of(points)
             arrays[f"{row}_full"] = cloud
             arrays[f"{row}_critical"] = cloud[np.asarray(chosen)]
+            arrays[f"{row}_other"] = np.delete(cloud, np.asarray(chosen), axis=0)
             if upper is not None:
                 arrays[f"{row}_upper"] = shape_of(upper[row])
         np.savez(Path(folder) / "clouds.npz", **arrays)  # type: ignore[arg-type]
@@ -78,23 +78,9 @@ def _reason(status: int, errors: str) -> str:
     return f"Open3D cannot draw on this machine ({how}): {_CURE}"
 
 
-def _balls(points: np.ndarray, radius: float, colors: np.ndarray, resolution: int) -> Any:
-    """One mesh of a ball at each point."""
-    import open3d
-
-    ball = open3d.geometry.TriangleMesh.create_sphere(radius, resolution)
-    corners, faces = np.asarray(ball.vertices), np.asarray(ball.triangles)
-    mesh = open3d.geometry.TriangleMesh()
-    mesh.vertices = open3d.utility.Vector3dVector((points[:, None] + corners).reshape(-1, 3))
-    mesh.triangles = open3d.utility.Vector3iVector((np.arange(len(points))[:, None, None] * len(corners) + faces).reshape(-1, 3))
-    # The light is painted on: Open3D's own turns white into beige, and takes a minute without a graphics card.
-    light = 0.62 + 0.38 * (corners / radius) @ LIGHT
-    mesh.vertex_colors = open3d.utility.Vector3dVector((colors[:, None] * light[:, None]).clip(0, 1).reshape(-1, 3))
-    return mesh
-
-
 def _draw(folder: Path) -> None:
     """What the other process does: a picture for each cloud and column."""
+    from open3d import geometry, utility
     from open3d.visualization import rendering
 
     with np.load(folder / "clouds.npz") as file:
@@ -102,14 +88,18 @@ def _draw(folder: Path) -> None:
     renderer = rendering.OffscreenRenderer(_PIXELS, _PIXELS)
     renderer.scene.set_background([1.0, 1.0, 1.0, 1.0])
     renderer.scene.view.set_post_processing(False)
-    material = rendering.MaterialRecord()
-    material.shader = "defaultUnlit"
 
-    def picture(balls: list[tuple[np.ndarray, float, np.ndarray, int]], frame: Frame) -> np.ndarray:
+    def picture(layers: list[tuple[np.ndarray, float, np.ndarray]], frame: Frame) -> np.ndarray:
         renderer.scene.clear_geometry()
-        for number, (points, radius, colors, resolution) in enumerate(balls):
+        for number, (points, size, colors) in enumerate(layers):
             if len(points):
-                renderer.scene.add_geometry(str(number), _balls(points, radius, colors, resolution), material)
+                cloud = geometry.PointCloud(utility.Vector3dVector(points))
+                cloud.colors = utility.Vector3dVector(colors[:, :3])
+                material = rendering.MaterialRecord()
+                # Neither light nor tone mapping of Open3D's, which turn white into beige: the colours hold the light.
+                material.shader = "defaultUnlit"
+                material.point_size = size
+                renderer.scene.add_geometry(str(number), cloud, material)
         middle = frame.middle @ VIEW[:2] + np.mean(frame.depth) * VIEW[2]
         reach = frame.reach
         camera = renderer.scene.camera
@@ -125,14 +115,16 @@ def _draw(folder: Path) -> None:
         def by_depth(points: np.ndarray, shades: Colormap, far: float = far, near: float = near) -> np.ndarray:
             return shades((points @ VIEW[2] - far) / max(near - far, 1e-12))[:, :3]
 
-        dot = 0.016 * frame.reach * min(1.5, (2048 / len(cloud)) ** 0.5)
-        pale = (cloud, 0.7 * dot, by_depth(cloud, PALE), 6)
-        pictures = [[(cloud, dot, by_depth(cloud, DEPTH), 8)], [pale, (critical, 1.4 * dot, by_depth(critical, CRITICAL), 10)]]
+        dot = 0.014 * _PIXELS * min(1.5, (2048 / len(cloud)) ** 0.5)
+        other = arrays[f"{row}_other"]
+        pale = (other, 0.8 * dot, by_depth(other, PALE))
+        pictures = [[(cloud, dot, by_depth(cloud, DEPTH))], [pale, (critical, 1.4 * dot, by_depth(critical, CRITICAL))]]
         if upper is not None:
-            colors, pitch = body_of(upper) if len(upper) else (np.zeros((0, 4)), dot)
-            pictures.append([(upper, 0.95 * pitch, colors[:, :3], 6)])
-        for column, balls in enumerate(pictures):
-            np.save(folder / f"{row}_{column}.npy", picture(balls, frame))
+            colors, pitch = body_of(upper) if len(upper) else (np.zeros((0, 4)), 0.0)
+            # Neighbours overlap, so that nothing shines through.
+            pictures.append([(upper, 1.4 * pitch / (2 * frame.reach) * _PIXELS, colors)])
+        for column, layers in enumerate(pictures):
+            np.save(folder / f"{row}_{column}.npy", picture(layers, frame))
 
 
 if __name__ == "__main__":
