@@ -1,5 +1,8 @@
 """Which points of a cloud decide what PointNet says, and how far a cloud may be filled up without changing it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -91,14 +94,22 @@ def _backbone(model: nn.Module) -> PointNet:
     return backbone
 
 
-@torch.no_grad()
-def _evaluate(backbone: PointNet, points: Tensor) -> PointNetOutput:
-    was_training = backbone.training
+@contextmanager
+def _evaluation(backbone: PointNet) -> Iterator[None]:
+    """Evaluation mode; afterwards each layer is as it was, because a frozen part may be in that mode while the rest trains."""
+    modes = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
-        return backbone(points)
+        yield
     finally:
-        backbone.train(was_training)
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def _evaluate(backbone: PointNet, points: Tensor) -> PointNetOutput:
+    with _evaluation(backbone):
+        return backbone(points)
 
 
 @torch.no_grad()
@@ -107,9 +118,7 @@ def _below(backbone: PointNet, grid: Tensor, output: PointNetOutput, number: int
     limits = [maxima.value[number] for maxima in output.maxima]
     place = torch.arange(len(grid), device=grid.device)
     x = grid.mT[None]
-    was_training = backbone.training
-    backbone.eval()
-    try:
+    with _evaluation(backbone):
         if backbone.input_transform is not None and output.input_transform is not None:
             x, place = _keep(backbone.input_transform.points, limits.pop(0), x, place)
             x = output.input_transform[number].mT @ x
@@ -118,8 +127,6 @@ def _below(backbone: PointNet, grid: Tensor, output: PointNetOutput, number: int
             x, place = _keep(backbone.feature_transform.points, limits.pop(0), x, place)
             x = output.feature_transform[number].mT @ x
         _, place = _keep(backbone.wide, limits.pop(0), x, place)
-    finally:
-        backbone.train(was_training)
     return torch.zeros(len(grid), dtype=torch.bool, device=grid.device).index_fill_(0, place, True)
 
 

@@ -110,11 +110,13 @@ def test_channels_that_are_cut_off_have_no_critical_point() -> None:
 
 def test_the_mode_of_the_model_is_kept_and_its_statistics_stay() -> None:
     model, points = random_model().train(), clouds(1)
+    model.backbone.wide.eval()  # frozen
     before = {name: value.clone() for name, value in model.state_dict().items()}
     critical_points(model, points)
     upper_bound_points(model, points, resolution=4)
     assert model.training
     assert model.backbone.training
+    assert not model.backbone.wide[1].training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
