@@ -1,5 +1,6 @@
 """Reading the files of shapes the same way wherever they are read: to be packed, and to be classified."""
 
+import codecs
 import hashlib
 import json
 import math
@@ -199,8 +200,8 @@ def _keep(points: np.ndarray, num_points: int | None, seed: int) -> np.ndarray:
 
 
 def _lines(path: Path) -> bytes:
-    """A text with the line ends of Unix."""
-    return path.read_bytes().replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    """A text with the line ends of Unix, and without the mark that Windows puts at the beginning."""
+    return path.read_bytes().removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _table(rows: list[bytes], columns: int, dtype: Any = np.float64) -> np.ndarray:
@@ -289,6 +290,8 @@ def _read_off(path: Path) -> _Shape:
     if not rows:
         return np.zeros((0, 3)), _NO_FACES
     vertex_count, face_count = _table(rows[:1], 2, np.int64)[0]
+    if min(vertex_count, face_count) < 0:
+        raise ValueError(f"its head is broken: it says {vertex_count} vertices and {face_count} faces")
     if len(rows) - 1 < vertex_count + face_count:
         raise ValueError(f"it is truncated: it has {len(rows) - 1} lines for {vertex_count} vertices and {face_count} faces")
     vertices = _table(rows[1 : 1 + vertex_count], 3)
@@ -357,6 +360,8 @@ def _ply_head(head: str) -> tuple[str, list[_Element]]:
                     elements[-1].properties.append((name, _PLY_TYPES[number], None))
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"its head is broken ({error})") from error
+    if any(element.count < 0 for element in elements):
+        raise ValueError("its head is broken (a negative number of elements)")
     if kind not in ("ascii", "binary_little_endian", "binary_big_endian"):
         raise ValueError(f"its format is {kind or 'not said'}, and none of ascii, binary_little_endian and binary_big_endian")
     return kind, elements
@@ -476,6 +481,8 @@ def _read_pcd(path: Path) -> _Shape:
         kinds = [f"<{kind.decode().lower()}{int(size)}" for kind, size in zip(head[b"TYPE"], head[b"SIZE"], strict=True)]
         columns = np.cumsum([0, *count])
         axes = [fields.index(axis) for axis in (b"x", b"y", b"z")]
+        if points < 0:
+            raise ValueError(f"{points} points")
     except (KeyError, ValueError, IndexError) as error:
         raise ValueError(f"its head is broken, or names no x, y and z ({error})") from error
     body = content[end.end() :]

@@ -322,6 +322,21 @@ def test_files_of_points(name: str, cloud: np.ndarray, tmp_path: Path) -> None:
     assert (read_cloud(path, 60, seed=1) != some).any()
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.obj", rows(*CORNERS, before="v ")),
+        ("a.off", "OFF\n8 0 0\n" + rows(*CORNERS)),
+        ("a.xyz", rows(*CORNERS)),
+        ("a.pts", rows(*CORNERS)),
+    ],
+)
+def test_the_mark_that_windows_puts_before_a_text(name: str, text: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8-sig", newline="\r\n")
+    assert read_cloud(path).tolist() == np.float32(CORNERS).tolist()
+
+
 def test_points_that_a_scanner_missed(cloud: np.ndarray, tmp_path: Path) -> None:
     holes = cloud.copy()
     holes[::7] = np.nan
@@ -384,6 +399,13 @@ def test_truncated_files(name: str, share: float, cloud: np.ndarray, tmp_path: P
         ("a.off", "OFF\n8 7 0\n" + OFF.partition("\n")[2], "it has 14 lines for 8 vertices and 7 faces"),
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n4 0 1 2\n", "a face has fewer corners than it says"),
         ("a.off", "OFF\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 7\n", "a face names vertex 7, but it has 3"),
+        ("a.off", "OFF\n-3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "its head is broken: it says -3 vertices and 1 faces"),
+        (
+            "a.ply",
+            PLY.format("binary_little_endian", 1).replace("vertex 8", "vertex -8") + 99 * "a",
+            "its head is broken (a negative number",
+        ),
+        ("a.pcd", "FIELDS x y z\nSIZE 4 4 4\nTYPE F F F\nPOINTS -1\nDATA ascii\n0 0 0\n1 1 1\n", "its head is broken"),
         ("a.stl", "<html>404</html>", "it holds no points"),
         ("a.ply", "<html>404</html>", "it does not begin with ply"),
         ("a.ply", PLY.format("binary", 1), "its format is binary, and none of ascii"),
