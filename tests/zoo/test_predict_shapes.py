@@ -1,7 +1,9 @@
 """`litzoo predict` on meshes and point clouds: folders of both against the model itself, options, and broken files."""
 
 import csv
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -174,6 +176,42 @@ def test_a_broken_array_is_refused_before_any_work(
     monkeypatch.setattr(PointNetClassifier, "predict", lambda self, clouds: pytest.fail("work was done"))
     np.save("wrong.npy", np.full((5, 3), np.nan))
     assert "wrong.npy holds NaN" in mistake(capsys, weights, "shapes", "wrong.npy")
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16, np.int8, np.float16, np.float64])
+def test_numbers_of_any_kind(kind: Any, weights: Path, here: Path) -> None:
+    cloud = np.random.default_rng(0).integers(0, 100, (50, 3)).astype(kind)
+    np.save("a.npy", cloud)
+    rows = classify(weights, "a.npy", "--up-axis", "z")
+    assert confidence(rows) == pytest.approx(expected(weights, [turn_up(cloud.astype(np.float64), "z")]), abs=2e-6)
+
+
+def test_arrays_that_hold_no_cloud(weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("none.npy", np.zeros((0, 9, 3)))
+    assert "none.npy: a cloud has shape (points, 3)" in mistake(capsys, weights, "none.npy")
+    np.save("large.npy", np.full((9, 3), 1e300))
+    assert "large.npy holds NaN or infinite coordinates" in mistake(capsys, weights, "large.npy")
+    with h5py.File("group.h5", "w") as file:
+        file.create_group("points")
+    assert "group.h5: `points` must be an array, it is a group" in mistake(capsys, weights, "group.h5")
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(
+    weights: Path, shapes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(PointNetClassifier, "predict", lambda self, clouds: pytest.fail("work was done"))
+        Path("folder.csv").mkdir()
+        assert "--output folder.csv is a folder: give the name of a file" in mistake(capsys, weights, "shapes", "--output", "folder.csv")
+        patch.setattr(os, "access", lambda path, mode: False)
+        assert "--output a.csv: you may not write to " in mistake(capsys, weights, "shapes", "--output", "a.csv")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    monkeypatch.setattr(Path, "replace", full)
+    assert "a.csv: No space left on device" in mistake(capsys, weights, "shapes", "--output", "a.csv")
+    assert sorted(os.listdir()) == ["folder.csv", "shapes"]
 
 
 def test_a_missing_library(weights: Path, shapes: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def _content(path: Path, file: Any, name: str) -> Any:
 
 
 def _clouds(path: Path) -> np.ndarray:
-    """The clouds `(M, N, 3)` of a file."""
+    """The clouds `(M, N, 3)` float32 of a file."""
     try:
         if path.suffix.lower() == ".npy":
             points = np.load(path, allow_pickle=False)
@@ -127,14 +127,19 @@ def _clouds(path: Path) -> np.ndarray:
             import h5py
 
             with h5py.File(path, "r") as file:
-                points = _content(path, file, "points")[:]
+                points = _content(path, file, "points")
+                if not isinstance(points, h5py.Dataset):
+                    raise CommandError(f"{path}: `points` must be an array, it is a group")
+                points = points[()]
     except (ValueError, OSError, EOFError) as error:
         raise _unreadable(path, error) from error
     clouds = points[None] if points.ndim == 2 else points
-    if clouds.ndim != 3 or clouds.shape[-1] != 3 or clouds.shape[1] == 0 or clouds.dtype.kind not in "fiu":
+    if clouds.ndim != 3 or clouds.shape[-1] != 3 or 0 in clouds.shape or clouds.dtype.kind not in "fiu":
         raise CommandError(
             f"{path}: a cloud has shape (points, 3), several have (clouds, points, 3); this is {points.dtype} {points.shape}"
         )
+    with np.errstate(over="ignore"):  # what overflows is infinite, and told as such
+        clouds = clouds.astype(np.float32)
     if not np.isfinite(clouds).all():
         raise CommandError(f"{path} holds NaN or infinite coordinates: remove them")
     return clouds
@@ -216,7 +221,7 @@ def _classify_clouds(model: Any, files: list[Path], options: argparse.Namespace)
                 corrupt[path] = found
                 continue
             clouds = found if array else found[None]
-            for position, cloud in enumerate(torch.from_numpy(turn_up(clouds, options.up_axis or "y").astype(np.float32))):
+            for position, cloud in enumerate(torch.from_numpy(turn_up(clouds, options.up_axis or "y"))):
                 waiting.append(_Piece(path, position, cloud))
                 if len(waiting) == options.batch_size:
                     classify_waiting()
@@ -278,13 +283,16 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _write(rows: list[dict[str, Any]], output: Path | None, noun: str) -> None:
     text = json.dumps(rows, indent=1) + "\n" if output is not None and output.suffix.lower() == ".json" else _table(rows)
-    text = text.encode("utf-8", "backslashreplace").decode()  # file names need not be text
+    content = text.encode("utf-8", "backslashreplace")  # file names need not be text
     if output is None:
-        sys.stdout.write(text)
+        sys.stdout.write(content.decode())
         return
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(output)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
     print(f"{len(rows)} {noun}: {output}")
 
 
@@ -357,6 +365,10 @@ def predict(argv: list[str]) -> int:
         raise CommandError(f"--output {output}: give a name that ends in .csv or .json")
     if output is not None and not output.absolute().parent.is_dir():
         raise CommandError(f"--output {output}: there is no folder {output.absolute().parent}")
+    if output is not None and output.is_dir():
+        raise CommandError(f"--output {output} is a folder: give the name of a file")
+    if output is not None and not os.access(output.absolute().parent, os.W_OK):
+        raise CommandError(f"--output {output}: you may not write to {output.absolute().parent}, give another folder")
 
     _check_sources(arguments.sources)
     model: Any = load_checkpoint(arguments.model) if arguments.model.endswith(".ckpt") else load(arguments.model)
