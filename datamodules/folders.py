@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import DataError
-from .packing import block_dataset, packed_from
+from .packing import block_dataset, packed_place
 from .splits import TEST, TRAIN, UNUSED, VAL
 
 _SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
@@ -75,7 +75,9 @@ class ClassFolders:
         except OSError as error:
             raise DataError(f"{root} cannot be read: {error}") from error
         if not found:
-            raise DataError(f"{root} holds no {kind.nouns} ({', '.join(sorted(suffix[1:] for suffix in kind.suffixes))})")
+            raise DataError(
+                f"{root} holds no {kind.nouns} ({', '.join(sorted(suffix[1:] for suffix in kind.suffixes))}): give another folder with --data.path"
+            )
         self.names = [name for name, _, _ in found]
         digest = hashlib.sha256()
         for entry in found:
@@ -160,18 +162,7 @@ class ClassFolders:
         Raises:
             DataError: if `pack` is somebody else's file.
         """
-        if pack is not None:
-            if pack.is_file() and not (packed_from(pack) or "").startswith(self.kind.source):
-                raise DataError(
-                    f"{pack} exists and was not packed from a folder of {self.kind.nouns}: give another file with --data.pack, or delete it"
-                )
-            return pack / name if pack.is_dir() else pack
-        beside = self.root.parent / name
-        if packed_from(beside) == source or os.access(beside.parent, os.W_OK):
-            return beside
-        # Folders of the same name must not share a file.
-        home = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
-        return Path.home() / ".cache" / "litzoo" / f"{home}-{name}"
+        return packed_place(self.root, name, source, pack, self.kind.source, f"a folder of {self.kind.nouns}")
 
     def writer(
         self,

@@ -1,6 +1,7 @@
 """Data packed once into one HDF5 file, from which they are memory-mapped: nothing is decoded or copied when a training starts."""
 
 import errno
+import hashlib
 import math
 import os
 from collections.abc import Callable
@@ -100,6 +101,39 @@ def packed_from(path: Path) -> str | None:
             return file.attrs.get("source")
     except OSError:
         return None
+
+
+def packed_place(root: Path, name: str, source: str, pack: Path | None, family: str, data: str) -> Path:
+    """The file that a user's folder is packed into.
+
+    Args:
+        root: the folder.
+        name: of the file, if nobody gives one.
+        source: what it is packed from.
+        pack: a file or an existing folder for it; None puts it beside the folder, or into `~/.cache/litzoo` where that is not allowed.
+        family: with which the source of every such file begins.
+        data: what is in the folder, for the message.
+
+    Returns:
+        Its path.
+
+    Raises:
+        DataError: if `pack` is somebody else's file.
+
+    Example:
+        >>> packed_place(Path("photos"), "photos.64.h5", "litzoo image folder: 64", None, "litzoo image folder", "a folder of images")
+        PosixPath('photos.64.h5')
+    """
+    if pack is not None:
+        if pack.is_file() and not (packed_from(pack) or "").startswith(family):
+            raise DataError(f"{pack} exists and was not packed from {data}: give another file with --data.pack, or delete it")
+        return pack / name if pack.is_dir() else pack
+    beside = root.parent / name
+    if packed_from(beside) == source or os.access(beside.parent, os.W_OK):
+        return beside
+    # Folders of the same name must not share a file.
+    home = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    return Path.home() / ".cache" / "litzoo" / f"{home}-{name}"
 
 
 def _source(path: Path) -> str | None:

@@ -23,7 +23,7 @@ from .arrays import Arrays
 from .augment.points import PointAugmentation
 from .errors import DataError
 from .hdf5_reading import open_hdf5, resolve_path
-from .packing import block_dataset, map_array, pack_once, packed_from
+from .packing import block_dataset, map_array, pack_once, packed_place
 from .points import PointsDataModule, Subset
 from .splits import SPLIT_NAMES, TRAIN, UNUSED, VAL, hold_out, stratified_split
 
@@ -572,26 +572,11 @@ class ShapeNetPartDataModule(PointsDataModule):
         having = [[cls for cls in self._chosen if _SIZES[cls] > part] for part in range(self.num_parts)]
         return [classes[0] if len(classes) == 1 else -1 for classes in having]
 
-    def _packed(self, source: str) -> Path:
-        """The file to pack into."""
-        name = f"{self.root.name}.{self.farthest}.h5"
-        if self.pack is not None:
-            if self.pack.is_file() and not (packed_from(self.pack) or "").startswith(_SOURCE.partition(",")[0]):
-                raise DataError(
-                    f"{self.pack} exists and was not packed from ShapeNetPart: give another file with --data.pack, or delete it"
-                )
-            return self.pack / name if self.pack.is_dir() else self.pack
-        beside = self.root.parent / name
-        if packed_from(beside) == source or os.access(beside.parent, os.W_OK):
-            return beside
-        # Folders of the same name must not share a file.
-        place = hashlib.sha256(os.fsencode(self.root)).hexdigest()[:8]
-        return Path.home() / ".cache" / "litzoo" / f"{place}-{name}"
-
     def read(self) -> Arrays:
         found = _Source(self.root)
         source = f"{_SOURCE}: {self.farthest} {found.fingerprint}"
-        packed = self._packed(source)
+        name = f"{self.root.name}.{self.farthest}.h5"
+        packed = packed_place(self.root, name, source, self.pack, _SOURCE.partition(",")[0], "ShapeNetPart")
         parts = packed.with_name(f".{packed.name}.parts")
         pack_once(packed, source, _writer(found, self.farthest, parts, self.skip_corrupt, self.skip_missing), "--data.pack")
         with open_hdf5(packed, "clouds", "points", "part") as reader:
