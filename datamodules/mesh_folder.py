@@ -1,8 +1,9 @@
 """A user's own folders of meshes and point clouds, sampled once."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..zoo.functional.points import Normalization
 from .arrays import Arrays
 from .augment.points import PointAugmentation
 from .folders import ClassFolders, Kind, printable
-from .hdf5_reading import resolve_path
+from .hdf5_reading import open_hdf5, resolve_path
 from .meshes import SHAPE_SUFFIXES, UpAxis, read_clouds, turn_up
 from .packing import map_array, pack_once
 from .points import PointsDataModule
@@ -19,7 +20,7 @@ from .splits import VAL, hold_out
 
 _KIND = Kind(SHAPE_SUFFIXES, "shape", "shapes", "read", "litzoo mesh folder")
 # Packed files of another version are made anew.
-_SOURCE = f"{_KIND.source}, version 1"
+_SOURCE = f"{_KIND.source}, version 2"
 # Shapes that are written at a time.
 _BLOCK = 256
 
@@ -29,7 +30,7 @@ class MeshFolderDataModule(PointsDataModule):
 
     ModelNet's layout, `path/<class>/{train,test}/*.off`, is known as well. Meshes are sampled uniformly by area, once, on all cores, and
     packed into one file that is memory-mapped from then on: a later start opens no mesh. Of a point cloud with more points a random
-    subset is kept, one with fewer repeats them in turn. If a file is added, removed or changed, all are packed anew. Hidden files are
+    subset is kept, one with fewer repeats them in turn, which normalisation and random subsets do not see. If a file is added, removed or changed, all are packed anew. Hidden files are
     ignored. A folder `valid` or `validation` is `val`; without `val`, validation shapes are held out from `train`; without `test`, there
     is no test split. A single folder `train` counts as no split. Files: see `read_cloud`.
 
@@ -119,20 +120,35 @@ class MeshFolderDataModule(PointsDataModule):
             split = hold_out(split, label, self.val_fraction)
         return super().finish_split(label, split)
 
-    def _samples(self, paths: list[Path]) -> Iterator[np.ndarray | str]:
-        for cloud in read_clouds(paths, self.sampled_points):
-            if isinstance(cloud, str):
-                yield cloud
-            else:
-                yield turn_up(cloud, self.up_axis)[np.arange(self.sampled_points) % len(cloud)]
+    def _writer(self, folders: ClassFolders) -> Callable[[Any], None]:
+        """What fills the packed file: besides what every folder has, how many points each cloud has of its own."""
+        count: list[int] = []
+
+        def samples(paths: list[Path]) -> Iterator[np.ndarray | str]:
+            for cloud in read_clouds(paths, self.sampled_points):
+                # One that cannot be read is full of zeros.
+                count.append(self.sampled_points if isinstance(cloud, str) else len(cloud))
+                if isinstance(cloud, str):
+                    yield cloud
+                else:
+                    yield turn_up(cloud, self.up_axis)[np.arange(self.sampled_points) % len(cloud)]
+
+        write_folders = folders.writer("points", (self.sampled_points, 3), "float32", _BLOCK, samples, self.skip_corrupt)
+
+        def write(file: Any) -> None:
+            write_folders(file)
+            file["count"] = np.array(count, np.int64)
+
+        return write
 
     def read(self) -> Arrays:
         folders = ClassFolders(self.path, _KIND, inner_splits=True)
         source = f"{_SOURCE}: {self.sampled_points} {self.up_axis} {folders.fingerprint}"
         packed = folders.place(f"{self.path.name}.{self.sampled_points}.{self.up_axis}_up.h5", source, self.pack)
-        write = folders.writer("points", (self.sampled_points, 3), "float32", _BLOCK, self._samples, self.skip_corrupt)
-        pack_once(packed, source, write, "--data.pack")
+        pack_once(packed, source, self._writer(folders), "--data.pack")
         corrupt = folders.corrupt(packed, self.skip_corrupt)
+        with open_hdf5(packed, "shapes", "count") as reader:
+            count = reader.numbers("count")
         self._files = folders.names
         return Arrays(
             map_array(packed, "points"),
@@ -140,4 +156,5 @@ class MeshFolderDataModule(PointsDataModule):
             folders.finish_split(corrupt, self.finish_split),
             tuple(map(printable, folders.class_names)),
             mapped=packed,
+            count=None if (count == self.sampled_points).all() else count,
         )

@@ -13,9 +13,11 @@ import pytest
 import torch
 from contract import write_shapes
 
-from litzoo.datamodules import DataError, HDF5PointsDataModule, MeshFolderDataModule, mesh_folder, meshes
+from litzoo.datamodules import DataError, HDF5PointsDataModule, MeshFolderDataModule, PointAugmentation, mesh_folder, meshes
 from litzoo.datamodules.meshes import read_cloud
 from litzoo.datamodules.splits import TEST, TRAIN, UNUSED, VAL, hold_out, stratified_split
+from litzoo.zoo import Batch
+from litzoo.zoo.functional.points import unit_sphere
 
 
 @pytest.fixture
@@ -128,6 +130,24 @@ def test_clouds_of_other_sizes(root: Path) -> None:
     points = data.arrays.input[data.files.index("rod/many.npy")].numpy()
     assert (points == read_cloud(root / "rod" / "many.npy", 32)).all()
     assert len({tuple(point) for point in points.tolist()}) == 32
+
+
+def test_repeated_points_are_not_seen(root: Path) -> None:
+    """A cloud of 20 points is normalised, and drawn from, as if it stood alone."""
+    few = np.random.default_rng(0).normal(size=(20, 3)).astype(np.float32)
+    np.savetxt(root / "rod" / "few.xyz", few, fmt="%.9g")
+    (root / "rod" / "broken.off").write_text("OFF")
+    data = MeshFolderDataModule(root, sampled_points=32, num_points=20, augmentation=PointAugmentation(scale=(1, 1), shift=0))
+    with pytest.warns(UserWarning, match=r"broken\.off"):
+        place = data.files.index("rod/few.xyz")
+    assert data.arrays.count is not None
+    assert data.arrays.count[place] == 20
+    expected = unit_sphere(torch.from_numpy(few))
+    index = torch.tensor([place])
+    batch = Batch(data.arrays.input[index], data.arrays.label[index], index)
+    torch.testing.assert_close(data.transform(batch).input[0], expected[torch.arange(32) % 20])
+    drawn = data.transform(batch._replace(key=torch.tensor([7]))).input[0]
+    assert np.array(sorted(drawn.tolist())) == pytest.approx(np.array(sorted(expected.tolist())), abs=1e-6)
 
 
 def test_up_axis(root: Path) -> None:
