@@ -152,9 +152,10 @@ class PointsDataModule(ArrayDataModule):
             if self.subset == "farthest":
                 points, part = points[:, : self.eval_points], None if part is None else part[:, : self.eval_points]
             else:
+                own = points.shape[1] if count is None else count[:, None]
                 points, part = subsample(points, fold_in(_EVALUATION, batch.index), self.eval_points, part, count)
-                if count is not None and part is not None:
-                    part = part.masked_fill(torch.arange(part.shape[1], device=part.device) >= count[:, None], -1)
+                if part is not None:
+                    part = part.masked_fill(torch.arange(part.shape[1], device=part.device) >= own, -1)
         return batch._replace(input=points, part=part)
 
     def augment(self, batch: Batch) -> Batch:

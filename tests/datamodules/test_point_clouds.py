@@ -62,6 +62,16 @@ def test_evaluation_subsets(eval_points: int) -> None:
             assert part.tolist() == points[:size, 2].long().tolist() + [-1] * (eval_points - size)
 
 
+def test_repeated_points_of_full_clouds_count_once() -> None:
+    """An evaluation subset of more points than are stored repeats them, with or without a count."""
+    data = Unequal(eval_points=30, counted=False)
+    batch = next(iter(data.eval_train_dataloader()))
+    part = data.transform(batch).part
+    assert part is not None
+    assert (part[:, :20] >= 0).all()
+    assert (part[:, 20:] == -1).all()
+
+
 @pytest.mark.parametrize("num_points", [4, 12, 30])
 def test_training_subsets(num_points: int) -> None:
     data = Unequal(num_points=num_points)
