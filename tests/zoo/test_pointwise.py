@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from litzoo.zoo import PointNetClassifier
 from litzoo.zoo.layers import pointwise
@@ -182,13 +183,43 @@ def test_without_running_statistics() -> None:
         torch.testing.assert_close(max_over_points(layers, x)[0], plain(layers, x)[0], rtol=0, atol=1e-12)
 
 
+def test_statistics_that_are_switched_off_stay() -> None:
+    """As some do for a second pass over adversarial or unlabelled samples."""
+    fused = PointwiseLayers(*layers_of(8, 16))
+    x = torch.randn(3, 8, 20, dtype=torch.float64)
+    fused[1].track_running_stats = False
+    reference, before = copy.deepcopy(fused), copy.deepcopy(fused.state_dict())
+    for training in (True, False):
+        fused.train(training)
+        torch.testing.assert_close(fused(x), nn.Sequential(*reference).train(training)(x), rtol=0, atol=1e-12)
+        max_over_points(fused, x)
+        for name, value in fused.state_dict().items():
+            assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_channel_that_does_not_vary_is_finite(seed: int) -> None:
+    """Points on a line, and weights orthogonal to it: a variance that rounding may make negative."""
+    generator = torch.Generator().manual_seed(seed)
+    line = torch.randn(3, 1, generator=generator)
+    x = (line * torch.randn(8, 1, 500, generator=generator) * 300).requires_grad_()
+    basis = torch.linalg.qr(torch.cat([line, torch.randn(3, 2, generator=generator)], dim=1)).Q
+    weight = basis[:, 1:].T.contiguous().requires_grad_()
+    for fused in (linear_batchnorm_relu, lambda *args: linear_batchnorm_max(*args).value):
+        norm = nn.BatchNorm1d(2)
+        value = fused(x, weight, norm)
+        assert value.isfinite().all()
+        assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(value.square().sum(), [x, weight]))
+        assert (norm.running_var >= 0.9 - 1e-6).all()
+
+
 def test_a_single_point_has_no_variance() -> None:
     layers = layers_of(8, 16)
     with pytest.raises(ValueError, match="single point"):
         linear_batchnorm_max(torch.randn(1, 8, 1, dtype=torch.float64), layers[0].weight.squeeze(-1), layers[1])
 
 
-@pytest.mark.parametrize("what", ["hook", "pre-hook", "backward hook", "batchnorm", "activation", "bias", "half", "tracing"])
+@pytest.mark.parametrize("what", ["hook", "pre-hook", "backward hook", "batchnorm", "activation", "bias", "half", "tracing", "hook on all"])
 def test_plain_layers_where_somebody_would_notice(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = layers_of(8, 16).float(), torch.randn(3, 8, 20)
     if what == "hook":
@@ -205,10 +236,35 @@ def test_plain_layers_where_somebody_would_notice(what: str, monkeypatch: pytest
         layers[0] = nn.Conv1d(8, 16, 1)
     elif what == "half":
         layers, x = layers.bfloat16(), x.bfloat16()
-    else:
+    elif what == "tracing":
         monkeypatch.setattr(torch.jit, "is_tracing", lambda: True)
     monkeypatch.setattr(pointwise, "linear_batchnorm_max", lambda *args: pytest.fail("fused"))
-    assert torch.equal(max_over_points(layers.eval(), x)[0], plain(layers, x)[0])
+    on_all = [nn.modules.module.register_module_forward_hook(lambda module, args, output: None)] if what == "hook on all" else []
+    try:
+        assert torch.equal(max_over_points(layers.eval(), x)[0], plain(layers, x)[0])
+    finally:
+        for handle in on_all:
+            handle.remove()
+
+
+def test_transforms_of_torch_func_and_forward_gradients() -> None:
+    layers, x = PointwiseLayers(*layers_of(4, 6, 8)).eval(), torch.randn(2, 4, 10, dtype=torch.float64)
+
+    def function(x: Tensor) -> Tensor:
+        return max_over_points(layers, x).value
+
+    expected = torch.autograd.functional.jacobian(function, x)
+    torch.testing.assert_close(torch.func.jacrev(function)(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.func.jacfwd(function)(x), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.func.vmap(function)(x[None])[0], function(x), rtol=0, atol=1e-12)
+    with forward_ad.dual_level():
+        slope = forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    torch.testing.assert_close(slope, expected.sum(dim=(2, 3, 4)), rtol=1e-10, atol=1e-12)
+
+
+def test_meta_tensors_have_a_shape() -> None:
+    with torch.device("meta"):
+        assert PointNetClassifier(5).eval()(torch.rand(2, 64, 3)).shape == (2, 5)
 
 
 def test_autocast_is_left_for_the_fused_layers() -> None:

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 
 # Numbers that are worked on at a time, so that they stay in the cache: of features for each thread, and of scores.
 _CHUNK = 1 << 17
@@ -72,8 +74,9 @@ def _statistics(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> _Statistics:
         centered = x[part] - center[:, None]
         covariance += (centered @ centered.mT).sum(dim=0)
     covariance /= count
-    mean, variance = weight @ center, ((weight @ covariance) * weight).sum(dim=1)
-    if norm.training and norm.running_mean is not None:
+    # Rounding may make the variance of a channel that hardly varies negative, and its square root NaN.
+    mean, variance = weight @ center, ((weight @ covariance) * weight).sum(dim=1).clamp_min_(0)
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
         assert norm.running_var is not None
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked.add_(1)
@@ -188,7 +191,7 @@ class _Maximum(torch.autograd.Function):
         for part in _blocks(x, max(weight.shape[1], 1), _CHUNK * torch.get_num_threads()):
             clouds, channels, points = x[part].shape
             # Points along rows, so that a winner is one stretch of memory.
-            rows = x[part].mT.reshape(-1, channels)
+            rows = x[part].mT.contiguous().flatten(0, 1)
             row = (point[part] + torch.arange(clouds, device=x.device)[:, None] * points).flatten()
             chosen = rows.index_select(0, row).view(clouds, -1, channels)
             if clouds == 1:
@@ -314,8 +317,7 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
 class PointwiseLayers(nn.Sequential):
     """Conv1d, BatchNorm1d and ReLU any number of times, fused by `linear_batchnorm_relu`; the state dict is that of `nn.Sequential`.
 
-    They are applied one by one where that would change what somebody sees: a hook or another class in the place of one of them, an
-    export or a compilation, weights in half precision, autocast.
+    They are applied one by one where fusing would change what somebody sees: see `fusible`; and under autocast.
 
     Example:
         >>> PointwiseLayers(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())(torch.rand(2, 3, 64)).shape
@@ -338,8 +340,8 @@ class PointwiseLayers(nn.Sequential):
 def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
     """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU, and take the maximum over the points.
 
-    The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where that would
-    change what somebody sees: a hook or another class in the place of one of them, an export or a compilation, weights in half precision.
+    The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where fusing would
+    change what somebody sees: see `fusible`.
 
     Args:
         layers: `(B, K, N)` -> `(B, C, N)`.
@@ -367,6 +369,9 @@ def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
 def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
     """Whether the three are plain layers that nobody watches.
 
+    Not so: a hook on one of them or on all modules, another class in the place of one, an export or a compilation, transforms of
+    `torch.func`, forward-mode gradients, meta tensors, weights in half precision.
+
     Args:
         conv: to be a Conv1d of one point.
         norm: to be a BatchNorm1d.
@@ -382,6 +387,10 @@ def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
     if type(conv) is not nn.Conv1d or type(norm) is not nn.BatchNorm1d or type(relu) is not nn.ReLU:
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling():  # also while exporting
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:  # the fused gradients know neither
+        return False
+    if conv.weight.is_meta or _has_any_global_hook():
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(layer, name) for layer in (conv, norm, relu) for name in hooks):
