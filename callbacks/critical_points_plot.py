@@ -7,6 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.batch import input_and_label
+from ..zoo.layers.modes import evaluating
 from .guards import refuse
 from .predictions import class_names_of, output_folder
 
@@ -106,9 +107,7 @@ class CriticalPointsPlot(Callback):
         from ..zoo.plots.figures import save_figure
 
         clouds, critical, upper, titles = [], [], [], []
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()
-        try:
+        with evaluating(pl_module):
             for cls, points in sorted(self._kept.items()):
                 cloud, winners, shape, probabilities = self._look(pl_module, points)
                 clouds.append(cloud)
@@ -118,10 +117,6 @@ class CriticalPointsPlot(Callback):
                 guess = int(probabilities.argmax())
                 truth = "" if guess == cls else f"\nis: {names[cls]}"
                 titles.append(f"{names[guess]}\n{probabilities[guess]:.0%}{truth}")
-        finally:
-            # Module by module, because a frozen part may be in evaluation mode while the rest trains.
-            for module, training in modes.items():
-                module.training = training
         figure = plot_critical_points(clouds, critical, upper if self.upper_bound else None, titles)
         save_figure(figure, folder / f"critical_points_{stage}.png")
 

@@ -1,11 +1,10 @@
 """Which points of a cloud decide what PointNet says, and how far a cloud may be filled up without changing it."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .layers.modes import evaluating
 from .pointnet import PointNet, PointNetOutput
 
 # Grid points that are held at a time.
@@ -94,21 +93,9 @@ def _backbone(model: nn.Module) -> PointNet:
     return backbone
 
 
-@contextmanager
-def _evaluation(backbone: PointNet) -> Iterator[None]:
-    """Evaluation mode; afterwards each layer is as it was, because a frozen part may be in that mode while the rest trains."""
-    modes = {module: module.training for module in backbone.modules()}
-    backbone.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
 @torch.no_grad()
 def _evaluate(backbone: PointNet, points: Tensor) -> PointNetOutput:
-    with _evaluation(backbone):
+    with evaluating(backbone):
         return backbone(points)
 
 
@@ -118,7 +105,7 @@ def _below(backbone: PointNet, grid: Tensor, output: PointNetOutput, number: int
     limits = [maxima.value[number] for maxima in output.maxima]
     place = torch.arange(len(grid), device=grid.device)
     x = grid.mT[None]
-    with _evaluation(backbone):
+    with evaluating(backbone):
         if backbone.input_transform is not None and output.input_transform is not None:
             x, place = _keep(backbone.input_transform.points, limits.pop(0), x, place)
             x = output.input_transform[number].mT @ x
@@ -136,7 +123,7 @@ def _keep(layers: nn.Sequential, limit: Tensor, x: Tensor, place: Tensor) -> tup
         return x, place
     conv, norm = layers[-3], layers[-2]
     assert isinstance(conv, nn.Conv1d)
-    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(norm, _BatchNorm)  # synchronised or not
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()

@@ -13,6 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from .backbones import create_backbone, resolve_backbone
 from .batch import Batch, input_and_label
 from .layers.classification_metrics import classification_metrics
+from .layers.modes import evaluating
 from .optimization import WarmupCosineLR, configure_optimizer
 
 
@@ -148,12 +149,8 @@ class ImageClassifier(LightningModule):
             raise ValueError("there are no images to predict")
         if len({group.shape[1:] for group in groups}) == 1:
             groups = [torch.cat(groups)]
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             logits = [self(group) for group in groups]
-        finally:
-            self.train(was_training)
         return torch.cat(logits).float().softmax(dim=1)
 
     def _prepare(self, images: Tensor) -> Tensor:

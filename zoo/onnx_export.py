@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from .functional.points import normalize_points
+from .layers.modes import evaluating
 from .pretrained import WeightsError
 
 # Largest difference to the model that a file may show, in probabilities.
@@ -63,35 +64,34 @@ def export_onnx(model: LightningModule, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise WeightsError(f'{error.name} is missing: pip install "litzoo[export]"') from error
 
-    was_training = model.training
-    whole = _Clouds(model.eval())
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        example = torch.rand(2, 64, 3, device=model.device)
-        program = torch.onnx.export(
-            whole,
-            (example,),
-            dynamo=True,
-            input_names=["points"],
-            output_names=["probabilities"],
-            dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("points")},),
-            external_data=False,
-            verbose=False,
-        )
-        assert program is not None
-        program.save(temporary)
-        file = onnx.load(temporary)
-        onnx.helper.set_model_props(file, {"class_names": "\n".join(getattr(model, "class_names", []))})
-        onnx.save(file, temporary)
-        clouds = torch.randn(3, 200, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
-        with torch.no_grad():
-            expected = whole(clouds.to(model.device)).cpu()
-        session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
-        found = torch.from_numpy(session.run(None, {"points": clouds.numpy()})[0])
-        difference = float((found - expected).abs().max())
-        if not difference < _TOLERANCE:
-            raise WeightsError(f"the ONNX file differs from the model by {difference:.2g} in a probability and is not kept")
-        os.replace(temporary, path)
+        with evaluating(model):
+            whole = _Clouds(model)
+            example = torch.rand(2, 64, 3, device=model.device)
+            program = torch.onnx.export(
+                whole,
+                (example,),
+                dynamo=True,
+                input_names=["points"],
+                output_names=["probabilities"],
+                dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("points")},),
+                external_data=False,
+                verbose=False,
+            )
+            assert program is not None
+            program.save(temporary)
+            file = onnx.load(temporary)
+            onnx.helper.set_model_props(file, {"class_names": "\n".join(getattr(model, "class_names", []))})
+            onnx.save(file, temporary)
+            clouds = torch.randn(3, 200, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
+            with torch.no_grad():
+                expected = whole(clouds.to(model.device)).cpu()
+            session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
+            found = torch.from_numpy(session.run(None, {"points": clouds.numpy()})[0])
+            difference = float((found - expected).abs().max())
+            if not difference < _TOLERANCE:
+                raise WeightsError(f"the ONNX file differs from the model by {difference:.2g} in a probability and is not kept")
+            os.replace(temporary, path)
     finally:
-        model.train(was_training)
         temporary.unlink(missing_ok=True)

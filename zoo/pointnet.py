@@ -18,6 +18,7 @@ from .batch import input_and_label
 from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
 from .functional.points import Normalization, VoteBy, normalize_points, voting_views
 from .layers.classification_metrics import classification_metrics
+from .layers.modes import evaluating
 from .layers.pointwise import Maxima, PointwiseLayers, max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
 
@@ -231,13 +232,9 @@ class PointNetClassifier(LightningModule):
             >>> litzoo.load("pointnet_furniture").predict(torch.rand(2048, 3)).argmax()
         """
         groups = [clouds if clouds.dim() == 3 else clouds.unsqueeze(0)] if isinstance(clouds, Tensor) else [c.unsqueeze(0) for c in clouds]
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             normalized = [normalize_points(group.to(self.device, torch.float32), self.normalization) for group in groups]
             return torch.cat([self._vote(group, votes, vote_by) for group in normalized])
-        finally:
-            self.train(was_training)
 
     def _vote(self, points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
         """Probabilities `(B, C)` of clouds `(B, N, 3)`, their mean over the views."""

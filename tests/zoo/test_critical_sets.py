@@ -1,5 +1,7 @@
 """Critical points and upper-bound shapes: what is left out or put in does not change the logits."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -119,6 +121,14 @@ def test_the_mode_of_the_model_is_kept_and_its_statistics_stay() -> None:
     assert not model.backbone.wide[1].training
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+def test_synchronised_batchnorm() -> None:
+    """`Trainer(sync_batchnorm=True)` puts it in, also where the other processes are gone."""
+    model, points = random_model(), clouds(1)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert torch.equal(critical_points(synchronised, points)[0], critical_points(model, points)[0])
+    assert torch.equal(upper_bound_points(synchronised, points, 12)[0], upper_bound_points(model, points, 12)[0])
 
 
 def test_other_models_are_refused() -> None:

@@ -20,8 +20,10 @@ def test_the_file_predicts_as_the_model(normalization: str, tmp_path: Path) -> N
     model = PointNetClassifier(4, class_names=["a", "b\"'", "ü", "d"], normalization=normalization)
     for transform in (model.backbone.input_transform, model.backbone.feature_transform):
         torch.nn.init.normal_(transform.head[-1].weight, std=0.05)
+    model.backbone.eval()  # frozen
     export_onnx(model, tmp_path / "model.onnx")
     assert model.training
+    assert not model.backbone.local.training
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     assert session.get_modelmeta().custom_metadata_map["class_names"].split("\n") == model.class_names
