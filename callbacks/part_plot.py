@@ -137,7 +137,8 @@ class PartPlot(Callback):
         titles = []
         for cls, (_, part, found) in kept:
             known = part >= 0
-            titles.append(f"{class_names[cls]}\n{(part == found)[known].float().mean():.0%} right")
+            right = f"\n{(part == found)[known].float().mean():.0%} right" if known.any() else ""
+            titles.append(f"{class_names[cls]}{right}")
         figure = plot_part_labels(
             [points.numpy() for _, (points, _, _) in kept],
             [part.numpy() for _, (_, part, _) in kept],

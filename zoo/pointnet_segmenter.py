@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .functional.classification import orthogonality_penalty
 from .functional.points import Normalization, normalize_points
+from .layers.modes import evaluating
 from .layers.segmentation_metrics import PartIoU
 from .optimization import WarmupCosineLR, configure_optimizer
 from .pointnet import PointNet, TNet, shared_mlp
@@ -208,20 +209,17 @@ class PointNetSegmenter(LightningModule):
             ValueError: if there are more or fewer clouds than classes.
 
         Example:
+            >>> model = PointNetSegmenter(num_classes=2, num_parts=3, part_classes=[0, 0, 1])
             >>> parts = model.predict(torch.rand(2, 2048, 3), torch.tensor([0, 1]))
         """
         if len(clouds) != len(label):
             raise ValueError(f"each cloud needs its class: there are {len(clouds)} clouds and {len(label)} classes")
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             parts = []
             for cloud, cls in zip(clouds, label.to(self.device), strict=True):
                 points = normalize_points(cloud.to(self.device, torch.float32), self.normalization)[None]
                 parts.append(self._best(self(points, cls[None]), cls[None])[0])
             return parts
-        finally:
-            self.train(was_training)
 
     def _features(self, points: Tensor) -> SegmentationFeatures:
         if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
@@ -248,7 +246,7 @@ class PointNetSegmenter(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         points, label, part = _with_parts(batch)
         features = self._features(points)
-        loss = F.cross_entropy(self._logits(features, label), part, ignore_index=-1)
+        loss = _cross_entropy(self._logits(features, label), part)
         if self.orthogonality_weight:
             loss = loss + self.orthogonality_weight * orthogonality_penalty(features.transform)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
@@ -259,7 +257,7 @@ class PointNetSegmenter(LightningModule):
         logits = self(points, label).float()
         found = self._best(logits, label)
         (self.val_metrics if stage == "val" else self.test_metrics).update(found, part, label)
-        loss = F.cross_entropy(logits, part, ignore_index=-1)
+        loss = _cross_entropy(logits, part)
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(label), sync_dist=True)
         return {"part": part, "part_prediction": found, "label": label}
 
@@ -280,6 +278,12 @@ class PointNetSegmenter(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def _cross_entropy(logits: Tensor, part: Tensor) -> Tensor:
+    """Mean over the points that have a part; 0 where none has, instead of the NaN that would end a training."""
+    known = (part >= 0).sum().clamp_min(1)
+    return F.cross_entropy(logits, part, ignore_index=-1, reduction="none").mean() * (part.numel() / known)
 
 
 def _with_parts(batch: Any) -> tuple[Tensor, Tensor, Tensor]:

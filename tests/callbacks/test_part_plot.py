@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from litzoo.callbacks import PartPlot
 from litzoo.zoo import PointNetSegmenter
+from litzoo.zoo.plots import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ["leg", "seat", "blade", "handle", "never there"]
@@ -92,6 +93,22 @@ def test_fit_draws_once_at_its_end_and_validate_too(tmp_path: Path, capsys: pyte
     make_trainer(tmp_path / "validate").validate(Heights(), loader, verbose=False)
     check(tmp_path / "validate" / "part_iou_val.csv")
     assert (tmp_path / "validate" / "parts_val.png").is_file()
+
+
+def test_an_object_without_any_known_part_has_no_share_of_right_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    draw = parts.plot_part_labels
+
+    def spy(*arguments: Any) -> Any:
+        titles.extend(arguments[3])
+        return draw(*arguments)
+
+    monkeypatch.setattr(parts, "plot_part_labels", spy)
+    points, label, part = dataset().tensors
+    unknown = part.where(label[:, None] == 1, -1)
+    make_trainer(tmp_path).test(Heights(), DataLoader(TensorDataset(points, label, unknown), 4), verbose=False)
+    assert titles[0] == "0"
+    assert titles[1].endswith("% right")
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:

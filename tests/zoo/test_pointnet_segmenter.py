@@ -111,6 +111,20 @@ def test_ignored_points_have_no_gradient() -> None:
     torch.testing.assert_close(loss, doubled, rtol=1e-4, atol=1e-5)
 
 
+def test_the_loss_is_the_mean_over_known_parts_and_zero_without_any() -> None:
+    model = segmenter(orthogonality_weight=0.0).eval()
+    model.log = lambda *args, **kwargs: None
+    clouds, label, part = boxes(4, 16)
+    known = torch.arange(part.numel()).view_as(part) % 3 == 0
+    loss = model.training_step((clouds, label, part.where(known, -1)), 0)
+    logits = model(clouds, label).mT[known].log_softmax(dim=1)
+    torch.testing.assert_close(loss, -logits.gather(1, part[known][:, None]).mean(), rtol=1e-5, atol=1e-6)
+
+    loss = model.training_step((clouds, label, torch.full_like(part, -1)), 0)
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in torch.autograd.grad(loss, list(model.parameters())))
+
+
 def test_weights_files(tmp_path: Path) -> None:
     model, points, label = segmenter(part_names=list("abcde")).eval(), torch.randn(2, 30, 3), torch.tensor([0, 1])
     litzoo.zoo.save(model, tmp_path / "parts.safetensors", {"summary": "parts"}, half=False)

@@ -35,8 +35,6 @@ class PartIoU(Metric):
     full_state_update = False
     belongs: Tensor
     unknown: Tensor
-    intersection: Tensor
-    union: Tensor
     class_sum: Tensor
     class_count: Tensor
     right: Tensor
@@ -48,8 +46,8 @@ class PartIoU(Metric):
         classes = torch.tensor(part_classes).view(1, parts)
         self.register_buffer("belongs", (classes == torch.arange(num_classes).view(-1, 1)) | (classes < 0), persistent=False)
         self.register_buffer("unknown", classes[0] < 0, persistent=False)
-        for name, size in (("intersection", parts), ("union", parts), ("class_sum", num_classes), ("class_count", num_classes)):
-            self.add_state(name, torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("class_sum", "class_count"):
+            self.add_state(name, torch.zeros(num_classes, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("right", "points"):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -76,8 +74,6 @@ class PartIoU(Metric):
         scored = belongs.any(dim=1) & known.any(dim=1)
         self.class_sum.index_add_(0, label[scored], instance[scored])
         self.class_count.index_add_(0, label[scored], torch.ones_like(instance[scored]))
-        self.intersection += intersection.sum(dim=0)
-        self.union += union.sum(dim=0)
         self.right += (known & (prediction == part)).sum()
         self.points += known.sum()
 
