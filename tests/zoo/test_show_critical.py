@@ -33,11 +33,14 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     np.save(files / "one.npy", clouds[0])
     np.save(files / "more" / "one.npy", clouds[1])
     np.save(files / "many.npy", clouds)
+    np.save(files / "empty.npy", clouds[:0])
     np.save(files / "flat.npy", clouds[0, :, :2])
     np.save(files / "nan.npy", np.where(np.arange(1200).reshape(400, 3) == 7, np.nan, clouds[0]))
     (files / "broken.npy").write_bytes(b"nothing")
     with h5py.File(files / "shapes.h5", "w") as file:
         file["points"], file["label"], file["split"] = clouds, np.array([0, 1, 0, 0, 1, 1]), np.array([0, 0, 2, 2, 2, 2])
+    with h5py.File(files / "unlabelled.h5", "w") as file:
+        file["points"], file["label"] = clouds[:2], np.full(2, -1)
     with h5py.File(files / "other.h5", "w") as file:
         file["image"] = np.zeros(3)
     faces = "f 1 2 3\nf 1 3 4\n"
@@ -101,6 +104,7 @@ def test_critical_sets_are_those_of_the_model(run: Callable[..., tuple[int, str,
         (["shapes.h5", "--index", "5", "0"], ["shapes_5", "shapes_0"]),
         (["many.npy"], [f"many_{place}" for place in range(5)]),
         (["many.npy", "--index", "3"], ["many_3"]),
+        (["unlabelled.h5"], ["unlabelled_0", "unlabelled_1"]),
     ],
 )
 def test_which_clouds(arguments: list[str], names: list[str], run: Callable[..., tuple[int, str, str]]) -> None:
@@ -108,6 +112,27 @@ def test_which_clouds(arguments: list[str], names: list[str], run: Callable[...,
     assert status == 0
     assert [line.split(":")[0] for line in out.splitlines()[:-1]] == names
     assert written() == {"critical_points.png"}
+
+
+def test_no_file_of_one_cloud_is_written_over_by_another(run: Callable[..., tuple[int, str, str]]) -> None:
+    np.save("one-2.npy", np.load("../files/many.npy")[2])
+    status, out, _ = run("../files/one.npy", "../files/more/one.npy", "one-2.npy", *MODEL, "--ply", "--output", "drawn")
+    assert status == 0
+    assert [line.split(":")[0] for line in out.splitlines()[:-1]] == ["one", "one-2", "one-2-2"]
+    assert len(written()) == 1 + 1 + 9
+
+
+def test_points_that_only_fill_a_row_up_do_not_count(run: Callable[..., tuple[int, str, str]]) -> None:
+    """A file of clouds of different sizes repeats the points of the small ones, and says how many are a cloud's own."""
+    cloud = np.load("../files/one.npy")[:150]
+    np.save("own.npy", cloud)
+    with h5py.File("filled.h5", "w") as file:
+        file["points"], file["count"] = np.stack([cloud[np.arange(400) % 150], np.load("../files/one.npy")]), np.array([150, 400])
+    _, expected, _ = run("own.npy", *MODEL, "--output", "a")
+    status, out, _ = run("filled.h5", *MODEL, "--index", "0", "--output", "b")
+    assert status == 0
+    assert out.splitlines()[0].removeprefix("filled_0") == expected.splitlines()[0].removeprefix("own")
+    assert "of 150 points" in out
 
 
 @pytest.mark.parametrize(
@@ -119,6 +144,7 @@ def test_which_clouds(arguments: list[str], names: list[str], run: Callable[...,
         (["../files/broken.npy", *MODEL], "broken.npy cannot be read"),
         (["../files/flat.npy", *MODEL], "flat.npy"),
         (["../files/other.h5", *MODEL], "other.h5 has no data set `points`; it holds: image"),
+        (["../files/empty.npy", *MODEL], "empty.npy holds no clouds"),
         (["../files/many.npy", *MODEL, "--index", "6"], "--index 6: ../files/many.npy holds clouds 0 to 5"),
         (["../files/one.npy", *MODEL, "--index", "0"], "--index chooses among the clouds of a file, and ../files/one.npy holds one"),
         (["../files/one.npy", "--model", "../files/logistic.safetensors"], "is a LogisticRegression; critical points are those of"),

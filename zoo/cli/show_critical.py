@@ -1,5 +1,6 @@
 """`litzoo show critical`: which points of a cloud decide what a PointNet says, as pictures, an interactive page and PLY files."""
 
+import itertools
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -128,7 +129,9 @@ def _from_hdf5(path: Path, index: list[int] | None) -> list[tuple[str, np.ndarra
             label = np.where(test, label, -1)
         if points.ndim != 3:
             raise CommandError(f"{path}: `points` must have shape (clouds, points, 3), it has {points.shape}")
-        return [(f"{path.stem}_{place}", points[place]) for place in _places(path, index, len(points), label)]
+        # Behind a cloud's own points they come again, which would shift its mean.
+        count = file["count"][:] if "count" in file else np.full(len(points), points.shape[1])
+        return [(f"{path.stem}_{place}", points[place, : count[place]]) for place in _places(path, index, len(points), label)]
 
 
 def _places(path: Path, index: list[int] | None, number: int, label: np.ndarray | None) -> list[int]:
@@ -138,7 +141,9 @@ def _places(path: Path, index: list[int] | None, number: int, label: np.ndarray 
         if wrong:
             raise CommandError(f"--index {wrong[0]}: {path} holds clouds 0 to {number - 1}")
         return index
-    if label is None:
+    if number == 0:
+        raise CommandError(f"{path} holds no clouds")
+    if label is None or (label < 0).all():
         return list(range(min(number, _CLOUDS)))
     classes, first = np.unique(label, return_index=True)
     return first[classes >= 0][:_CLOUDS].tolist()
@@ -153,12 +158,11 @@ def _thin(cloud: np.ndarray, points: int) -> np.ndarray:
 
 def _unique(clouds: list[tuple[str, np.ndarray]]) -> list[tuple[str, np.ndarray]]:
     """Names are those of the files to write, so files of the same name in several folders get a number."""
-    seen: dict[str, int] = {}
-    named = []
+    named: dict[str, np.ndarray] = {}
     for name, cloud in clouds:
-        seen[name] = seen.get(name, 0) + 1
-        named.append((name if seen[name] == 1 else f"{name}-{seen[name]}", cloud))
-    return named
+        free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+        named[next(each for each in free if each not in named)] = cloud
+    return list(named.items())
 
 
 # Looking
