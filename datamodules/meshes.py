@@ -24,6 +24,9 @@ _POINTS = 2048
 # Bytes of files from which on several processes are faster than one, in spite of their start; and files that are read at a time.
 _PARALLEL, _FILES = 1 << 25, 256
 
+# From so many times its size away from the origin on, a shape is moved there.
+_FAR = 1000
+
 # Vertices `(V, 3)`, and triangles `(F, 3)` of positions in them; without triangles it is a cloud.
 _Shape = tuple[np.ndarray, np.ndarray]
 _NO_FACES = np.zeros((0, 3), np.int64)
@@ -35,7 +38,8 @@ def read_cloud(path: str | os.PathLike[str], num_points: int | None = None, seed
     A triangle with corners a, b, c is drawn with a probability proportional to its area, and in it the point
     (1 - sqrt(r)) a + sqrt(r) (1 - s) b + sqrt(r) s c with uniform r and s. The random numbers are a function of the seed and of what
     the file holds. Several meshes of a scene are one, in world coordinates; polygons are fans of triangles; triangles without area
-    are never drawn. A mesh file without faces is a file of points.
+    are never drawn. A mesh file without faces is a file of points. A shape that lies more than a thousand times its size away from the
+    origin, as scans in map coordinates do, is moved there, because float32 would round it away.
 
     `.stl`, `.glb` and `.gltf` are read with trimesh, or with Open3D where that is missing, and compressed `.pcd` with Open3D. The others
     need no library.
@@ -66,6 +70,7 @@ def read_cloud(path: str | os.PathLike[str], num_points: int | None = None, seed
     # What overflows is infinite, and told as such.
     with np.errstate(all="ignore"):
         vertices, faces = _READERS[suffix](path)
+        vertices = _near(vertices)
         cloud = _sample(vertices, faces, num_points or _POINTS, seed) if len(faces) else _keep(vertices, num_points, seed)
     if len(cloud) == 0:
         raise ValueError("it holds no points, it may be truncated")
@@ -165,6 +170,15 @@ def _content(*arrays: np.ndarray) -> bytes:
     for array in arrays:
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.digest()
+
+
+def _near(vertices: np.ndarray) -> np.ndarray:
+    """Vertices of a shape about the origin, if it is so far away that float32 would round it away; others as they are."""
+    if len(vertices) == 0:
+        return vertices
+    low, high = vertices.min(0).astype(np.float64), vertices.max(0).astype(np.float64)
+    size, distance = (high - low).max(), np.maximum(-low, high).max()
+    return vertices - (low + high) / 2 if np.isfinite(distance) and 0 < size < distance / _FAR else vertices
 
 
 def _sample(vertices: np.ndarray, faces: np.ndarray, num_points: int, seed: int) -> np.ndarray:

@@ -337,6 +337,25 @@ def test_the_mark_that_windows_puts_before_a_text(name: str, text: str, tmp_path
     assert read_cloud(path).tolist() == np.float32(CORNERS).tolist()
 
 
+def test_shapes_in_map_coordinates_keep_their_form(cloud: np.ndarray, tmp_path: Path) -> None:
+    place = np.array([448_262.0, 5_411_932.0, 35.0])
+    points = cloud.astype(np.float64).round(3)
+    np.savetxt(tmp_path / "a.xyz", points + place, fmt="%.3f")
+    found = read_cloud(tmp_path / "a.xyz")
+    assert found - found[0] == pytest.approx(points - points[0], abs=1e-5)
+    corners = np.array(CORNERS)
+    for suffix, text in ((".obj", OBJ), (".off", "OFF\n" + OFF)):
+        moved = text.replace(
+            rows(*CORNERS, before="v " * (suffix == ".obj")), rows(*(corners + place).tolist(), before="v " * (suffix == ".obj"))
+        )
+        assert moved != text
+        found = read_cloud(write(tmp_path / f"a{suffix}", moved), 500)
+        assert on_box(found + (corners.min(0) + corners.max(0)) / 2).all()
+    near = points + 100
+    np.savetxt(tmp_path / "a.xyz", near)
+    assert read_cloud(tmp_path / "a.xyz").tolist() == near.astype(np.float32).tolist()
+
+
 def test_points_that_a_scanner_missed(cloud: np.ndarray, tmp_path: Path) -> None:
     holes = cloud.copy()
     holes[::7] = np.nan
