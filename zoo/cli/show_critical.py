@@ -130,7 +130,8 @@ def _from_hdf5(path: Path, index: list[int] | None) -> list[tuple[str, np.ndarra
         if points.ndim != 3:
             raise CommandError(f"{path}: `points` must have shape (clouds, points, 3), it has {points.shape}")
         # Behind a cloud's own points they come again, which would shift its mean.
-        count = file["count"][:] if "count" in file else np.full(len(points), points.shape[1])
+        told = "count" in file and file["count"].shape == (len(points),)
+        count = file["count"][:] if told else np.full(len(points), points.shape[1])
         return [(f"{path.stem}_{place}", points[place, : count[place]]) for place in _places(path, index, len(points), label)]
 
 
