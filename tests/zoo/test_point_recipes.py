@@ -86,6 +86,11 @@ def test_the_data_must_be_given(recipe: str, option: str, capsys: pytest.Capture
     assert capsys.readouterr().err == f"litzoo: give {option}, which has no default\n"
 
 
+def test_one_class_is_a_list_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "--config", "pointnet_shapenet", "--data.root", "x", "--data.class_choice", "Chair"]) == 2
+    assert capsys.readouterr().err == "litzoo: --data.class_choice: expected a list, write '[Chair]'\n"
+
+
 def test_segmentation_needs_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     path = str(write_points(tmp_path / "shapes.h5"))

@@ -84,4 +84,7 @@ def parser_sentence(message: str) -> str:
         .replace(". Got value: ", ", got ")
         .replace("Got value: ", "got ")
     )
+    given = re.search(r"Given value: (.+)", message)
+    if text == "expected list" and given:
+        text = f"expected a list, write '[{given[1]}]'"
     return f"{option}: {text}" if option != "--" else text
