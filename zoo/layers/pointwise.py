@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-# Numbers that are worked on at a time, so that they stay in the cache: of features for each thread, and of scores.
+# Numbers that a thread works on at a time, so that they stay in its cache: of features, and of scores.
 _CHUNK = 1 << 17
 _SCORES = 1 << 18
 _GPU_CHUNK = 1 << 25
@@ -191,21 +191,31 @@ class _Maximum(torch.autograd.Function):
         for part in _blocks(x, max(weight.shape[1], 1), _CHUNK * torch.get_num_threads()):
             clouds, channels, points = x[part].shape
             # Points along rows, so that a winner is one stretch of memory.
-            rows = x[part].mT.contiguous().flatten(0, 1)
+            rows = _transposed(x[part], x.new_empty(clouds, points, channels)).flatten(0, 1)
             row = (point[part] + torch.arange(clouds, device=x.device)[:, None] * points).flatten()
             chosen = rows.index_select(0, row).view(clouds, -1, channels)
-            if clouds == 1:
-                product.addcmul_(chosen[0], g[part].mT)
-            else:
+            if x.is_cuda:
                 product += torch.einsum("bck,bc->ck", chosen, g[part])
+            else:
+                for mine, weights in zip(chosen, g[part], strict=True):
+                    product.addcmul_(mine, weights[:, None])
             if back is not None:
                 direct = rows.new_zeros(rows.shape) if constant is None else constant.T.repeat(len(rows), 1)
                 direct.index_add_(0, row, (g[part][:, :, None] * matrix).flatten(0, 1))
                 if mixing is not None:
                     direct.addmm_(rows, mixing, alpha=-1)
-                back[part] = direct.view(clouds, points, channels).mT
+                _transposed(direct.view(clouds, points, channels), back[part])
         by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
         return back, by_weight, by_scale, total, None, None, None
+
+
+def _transposed(x: Tensor, into: Tensor) -> Tensor:
+    """Copy matrices `(B, K, N)` into `(B, N, K)`; on a CPU one by one, because torch transposes a single matrix much faster."""
+    if x.is_cuda:
+        return into.copy_(x.mT)
+    for source, target in zip(x, into, strict=True):
+        target.copy_(source.mT)
+    return into
 
 
 def _behind_relu(gradient: Tensor, output: Tensor) -> Tensor:
@@ -235,8 +245,9 @@ def _best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The largest `weight @ x` of each cloud and channel, and its point: `(B, K, N)`, `(C, K)` -> twice `(B, C)`."""
     best = x.new_empty(len(x), len(weight))
     points = torch.empty(best.shape, dtype=torch.long, device=x.device)
-    channels = len(weight) if x.is_cuda else max(1, _SCORES // x.shape[2])
-    for part in _blocks(x, min(channels, len(weight)), _SCORES):
+    chunk = _SCORES * torch.get_num_threads()
+    channels = len(weight) if x.is_cuda else max(1, chunk // x.shape[2])
+    for part in _blocks(x, min(channels, len(weight)), chunk):
         for start in range(0, len(weight), channels):
             rows = slice(start, start + channels)
             # Channels by points, so that the maximum runs along memory.
