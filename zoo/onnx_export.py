@@ -67,7 +67,7 @@ def export_onnx(model: LightningModule, path: str | os.PathLike[str]) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with evaluating(model):
-            whole = _Clouds(model)
+            whole = _Clouds(model).eval()
             example = torch.rand(2, 64, 3, device=model.device)
             program = torch.onnx.export(
                 whole,
