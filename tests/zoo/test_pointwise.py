@@ -156,7 +156,7 @@ def test_blocks_change_only_the_order_of_sums(block: int, monkeypatch: pytest.Mo
             torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize("points", [1, 63, 64, 128, 640, 1000])
+@pytest.mark.parametrize("points", [1, 63, 64, 65, 128, 640, 1000, 2500])
 def test_argmax_by_groups(points: int) -> None:
     scores = torch.randn(3, 5, points, generator=torch.Generator().manual_seed(points))
     assert torch.equal(pointwise._argmax(scores), scores.argmax(dim=2))

@@ -260,13 +260,18 @@ def _best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _argmax(scores: Tensor) -> Tensor:
     """`scores.argmax(dim=2)`, twice as fast on a CPU: first the group, by the vectorised maximum, then the place in it."""
-    batch, channels, points = scores.shape
-    if points % _GROUP or scores.is_cuda:
+    points = scores.shape[2]
+    grouped = points - points % _GROUP
+    if grouped == 0 or scores.is_cuda:
         return scores.argmax(dim=2)
-    groups = scores.view(-1, points // _GROUP, _GROUP)
-    group = groups.amax(dim=2).argmax(dim=1)
-    row = group + torch.arange(len(group), device=group.device) * groups.shape[1]
-    return (group * _GROUP + groups.view(-1, _GROUP).index_select(0, row).argmax(dim=1)).view(batch, channels)
+    groups = scores[..., :grouped].unflatten(2, (-1, _GROUP))
+    highest, group = groups.amax(dim=3).max(dim=2)
+    members = groups.gather(2, group[..., None, None].expand(-1, -1, 1, _GROUP)).squeeze(2)
+    place = group * _GROUP + members.argmax(dim=2)
+    if grouped == points:
+        return place
+    last, rest = scores[..., grouped:].max(dim=2)
+    return torch.where(last > highest, rest + grouped, place)
 
 
 def linear_batchnorm_relu(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> Tensor:
