@@ -30,9 +30,10 @@ class MeshFolderDataModule(PointsDataModule):
 
     ModelNet's layout, `path/<class>/{train,test}/*.off`, is known as well. Meshes are sampled uniformly by area, once, on all cores, and
     packed into one file that is memory-mapped from then on: a later start opens no mesh. Of a point cloud with more points a random
-    subset is kept, one with fewer repeats them in turn, which normalisation and random subsets do not see. If a file is added, removed or changed, all are packed anew. Hidden files are
-    ignored. A folder `valid` or `validation` is `val`; without `val`, validation shapes are held out from `train`; without `test`, there
-    is no test split. A single folder `train` counts as no split. Files: see `read_cloud`.
+    subset is kept, one with fewer repeats them in turn, which normalisation and random subsets do not see. If a file is added, removed
+    or changed, all are packed anew. Hidden files are ignored. A folder `valid` or `validation` is `val`; without `val`, validation
+    shapes are held out from `train`; without `test`, there is no test split. A single folder `train` counts as no split. Files: see
+    `read_cloud`.
 
     Args:
         path: the folder; `~` and environment variables are resolved.

@@ -40,6 +40,18 @@ def points_file(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+# Runs a script as Python would, and takes the process group down at its end: left to the exit, its threads may abort the process.
+_RUN = """
+import os, runpy, sys
+import torch.distributed
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()
+"""
+
+
 def run_two_processes(script: Path, *arguments: str | Path) -> None:
     """Run a script in two fresh processes that find each other by torch's environment variables; fail if one fails."""
     with socket.socket() as free:
@@ -49,7 +61,7 @@ def run_two_processes(script: Path, *arguments: str | Path) -> None:
     common.pop("PYTEST_CURRENT_TEST", None)
     started = [
         subprocess.Popen(
-            [sys.executable, str(script), *map(str, arguments)],
+            [sys.executable, "-c", _RUN, str(script), *map(str, arguments)],
             env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
