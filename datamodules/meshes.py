@@ -541,7 +541,7 @@ def _trimesh(path: Path) -> _Shape:
         scene: Any = trimesh.load(path, process=False)
     except FileNotFoundError as error:
         raise ValueError(f"a file that it names is missing ({error})") from error
-    except Exception as error:
+    except Exception as error:  # its loaders have no common class for what is wrong with a file
         raise ValueError(f"it is truncated, or no {path.suffix} file ({type(error).__name__}: {error})") from error
     if not isinstance(scene, trimesh.Scene):
         shapes = [(np.asarray(scene.vertices), np.asarray(getattr(scene, "faces", _NO_FACES)).reshape(-1, 3))]

@@ -185,6 +185,7 @@ class ArrayBlock:
             )
         with self.path.open("r+b", buffering=0) as file:
             file.seek(self.offset + start * math.prod(self.shape[1:]) * self.dtype.itemsize)
+            # NumPy's types do not say that an array is a buffer.
             left = memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8))  # type: ignore[arg-type]
             while left:
                 left = left[file.write(left) :]

@@ -357,6 +357,7 @@ def _read_chunks(source: _Source, shapes: list[_Shape], farthest: int, parts: Pa
     def work(chunk: list[_Shape], path: Path) -> int:
         temporary = path.with_suffix(".tmp")
         with temporary.open("wb") as file:
+            # Mypy takes the arrays for savez's own keyword, allow_pickle.
             np.savez(file, **_read_chunk(source.folder, source.layout, chunk, farthest))  # type: ignore[arg-type]
         temporary.replace(path)
         return len(chunk)

@@ -54,6 +54,7 @@ def render_with_open3d(
             arrays[f"{row}_other"] = np.delete(cloud, np.asarray(chosen), axis=0)
             if upper is not None:
                 arrays[f"{row}_upper"] = shape_of(upper[row])
+        # Mypy takes the arrays for savez's own keyword, allow_pickle.
         np.savez(Path(folder) / "clouds.npz", **arrays)  # type: ignore[arg-type]
         # Without a screen Mesa draws on the processor.
         environment = {"EGL_PLATFORM": "surfaceless", "OPEN3D_CPU_RENDERING": "true", **os.environ}

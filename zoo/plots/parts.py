@@ -1,6 +1,7 @@
 """Parts of objects, as they are and as a model sees them, as a picture."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.colors import to_rgb
@@ -84,9 +85,9 @@ def plot_part_labels(
         caption(axes[2], f"{wrong.sum():,} of {known.sum():,} points wrong, {wrong.sum() / max(known.sum(), 1):.1%}")
         for line, part in enumerate(found):
             below = -(line - (len(found) - 1) / 2) * _LINE * 72
-            place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+            place: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
             absent = not (true == part).any()
-            axes[2].annotate("●", (1, 0.5), (8, below), fontsize=11, color=palette[part], **place)  # type: ignore[arg-type]
+            axes[2].annotate("●", (1, 0.5), (8, below), fontsize=11, color=palette[part], **place)
             color, style = (MUTED, "italic") if absent else (INK, "normal")
-            axes[2].annotate(names[part], (1, 0.5), (20, below), fontsize=_FONT, color=color, fontstyle=style, **place)  # type: ignore[arg-type]
+            axes[2].annotate(names[part], (1, 0.5), (20, below), fontsize=_FONT, color=color, fontstyle=style, **place)
     return figure
