@@ -1,6 +1,6 @@
 """Supervised classification of images, by any encoder of `backbones.py`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,8 +10,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from .backbones import create_backbone, resolve_backbone
 from .batch import Batch, input_and_label
+from .image_input import ImageInput
 from .layers.classification_metrics import classification_metrics
 from .layers.modes import evaluating
 from .optimization import WarmupCosineLR, configure_optimizer
@@ -81,10 +81,9 @@ class ImageClassifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_classes, class_names, in_channels, image_mean, image_std, label_smoothing, mixup, cutmix, dropout)
-        if isinstance(backbone, Mapping):
-            _check_agreement(backbone, in_channels, image_size)
-        description = resolve_backbone(backbone, in_channels, image_size)
+        _check_settings(num_classes, class_names, label_smoothing, mixup, cutmix, dropout)
+        self.image_input = ImageInput(in_channels, image_size, image_mean, image_std)
+        description = self.image_input.resolve(backbone)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "pretrained"])
         # Resolved, and without pretrained, so that a checkpoint loads anywhere, offline.
         self.save_hyperparameters({"backbone": description, "pretrained": False})
@@ -92,16 +91,11 @@ class ImageClassifier(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.num_classes = num_classes
         self.class_names = class_names or [str(cls) for cls in range(num_classes)]
-        self.in_channels = in_channels
-        self.image_size = image_size
-        self.image_mean = image_mean
-        self.image_std = image_std
         self.label_smoothing = label_smoothing
         self.mixup = mixup
         self.cutmix = cutmix
 
-        self.backbone = create_backbone(description, pretrained)
-        _check_size(self.backbone, description["name"], in_channels, image_size)
+        self.backbone = self.image_input.create(description, pretrained)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(int(self.backbone.num_features), num_classes)  # type: ignore[arg-type]
 
@@ -115,15 +109,7 @@ class ImageClassifier(LightningModule):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` -> features `(B, D)`, before dropout and the linear layer."""
-        if not images.is_floating_point():
-            raise ValueError(
-                f"the model takes normalised images, got {images.dtype}: give the trainer the DataModule itself (datamodule=...), "
-                "whose loaders yield images as they are stored, or call predict() for raw images"
-            )
-        if images.dim() != 4 or images.shape[1] != self.in_channels:
-            raise ValueError(f"the model takes images of shape (batch, {self.in_channels}, height, width), got {tuple(images.shape)}")
-        # The layout, not the shape: convolutions then run faster, and the layers keep it.
-        return self.backbone(images.contiguous(memory_format=torch.channels_last))
+        return self.image_input.encode(self.backbone, images)
 
     @torch.no_grad()
     def predict(self, images: Tensor | Sequence[Tensor]) -> Tensor:
@@ -144,37 +130,10 @@ class ImageClassifier(LightningModule):
         Example:
             >>> model.predict(torchvision.io.decode_image("cat.png")).argmax()
         """
-        groups = [self._prepare(group) for group in ([images] if isinstance(images, Tensor) else images)]
-        if not groups:
-            raise ValueError("there are no images to predict")
-        if len({group.shape[1:] for group in groups}) == 1:
-            groups = [torch.cat(groups)]
+        groups = self.image_input.prepare(images, self.device)
         with evaluating(self):
             logits = [self(group) for group in groups]
         return torch.cat(logits).float().softmax(dim=1)
-
-    def _prepare(self, images: Tensor) -> Tensor:
-        """One raw image or a batch of them -> `(B, C, H, W)` as the encoder takes them."""
-        from torchvision.transforms.v2 import functional as vision
-
-        images = images.unsqueeze(0) if images.dim() == 3 else images
-        if images.dim() != 4 or images.shape[1] not in {1, 3, self.in_channels} or 0 in images.shape:
-            raise ValueError(f"predict takes images of shape (channels, height, width) or a batch of them, got {tuple(images.shape)}")
-        if images.dtype != torch.uint8 and not images.is_floating_point():
-            raise ValueError(f"predict takes images in uint8, or in float from 0 to 1, got {images.dtype}")
-        if images.is_floating_point() and not bool(((images >= 0) & (images <= 1)).all()):
-            raise ValueError("predict takes float images from 0 to 1, but these go beyond: divide them by 255, or give uint8")
-        images = vision.to_dtype(images.to(self.device), torch.float32, scale=True)
-        if images.shape[1] != self.in_channels:
-            if self.in_channels not in (1, 3):
-                raise ValueError(f"the model takes images of {self.in_channels} channels, got {images.shape[1]}")
-            images = vision.rgb_to_grayscale(images) if self.in_channels == 1 else images.expand(-1, 3, -1, -1)
-        if self.image_size is not None and images.shape[2:] != (self.image_size, self.image_size):
-            square = vision.center_crop(images, [min(images.shape[2:])])
-            images = vision.resize(square, [self.image_size, self.image_size], antialias=True)
-        if self.image_mean is not None and self.image_std is not None:
-            images = vision.normalize(images, self.image_mean, self.image_std)
-        return images
 
     def on_fit_start(self) -> None:
         counts, known = (getattr(self.trainer.datamodule, name, None) for name in ("num_train", "class_counts"))  # type: ignore[attr-defined]
@@ -256,9 +215,6 @@ class ImageClassifier(LightningModule):
 def _check_settings(
     num_classes: int,
     class_names: list[str] | None,
-    in_channels: int,
-    image_mean: list[float] | None,
-    image_std: list[float] | None,
     label_smoothing: float,
     mixup: float,
     cutmix: float,
@@ -268,13 +224,6 @@ def _check_settings(
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if class_names is not None and len(class_names) != num_classes:
         raise ValueError(f"class_names has {len(class_names)} entries, but num_classes is {num_classes}")
-    if (image_mean is None) != (image_std is None):
-        raise ValueError("image_mean and image_std go together: give both or neither")
-    for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-        if values is not None and len(values) != in_channels:
-            raise ValueError(f"{name} has {len(values)} entries, but in_channels is {in_channels}")
-    if image_std is not None and min(image_std) <= 0:
-        raise ValueError(f"image_std must be positive, got {image_std}")
     for name, value, high in (
         ("label_smoothing", label_smoothing, 1.0),
         ("dropout", dropout, 1.0),
@@ -283,21 +232,3 @@ def _check_settings(
     ):
         if not 0 <= value <= high:
             raise ValueError(f"{name} must lie in [0, {high:g}], got {value}")
-
-
-def _check_size(backbone: nn.Module, name: str, in_channels: int, image_size: int | None) -> None:
-    """Refuse now what would fail in the first batch: an encoder that shrinks the images to nothing, or wants another size."""
-    if image_size is None:
-        return
-    try:
-        with torch.no_grad():
-            backbone.eval()(torch.zeros(1, in_channels, image_size, image_size))
-    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
-        raise ValueError(f"the backbone {name!r} cannot take images of {image_size} x {image_size} pixels ({error})") from error
-    backbone.train()
-
-
-def _check_agreement(backbone: Mapping[str, Any], in_channels: int, image_size: int | None) -> None:
-    for name, value in (("in_channels", in_channels), ("image_size", image_size)):
-        if backbone.get(name, value) != value:
-            raise ValueError(f"{name} is {value}, but that of the backbone is {backbone[name]}: set both alike")
