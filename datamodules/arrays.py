@@ -1,5 +1,6 @@
 """The contract of every DataModule: whole batches by index, randomness by key, exact resume."""
 
+import hashlib
 import math
 import os
 from collections.abc import Iterator
@@ -323,6 +324,25 @@ class ArrayDataModule(LightningDataModule):
         """Training samples of each class; those without a label are not counted."""
         label = self.arrays.label[self.indices(TRAIN)]
         return torch.bincount(label[label >= 0], minlength=self.num_classes).tolist()
+
+    @property
+    def train_index(self) -> Tensor:
+        """`(num_train,)` int64: the number of each training sample in the data set, which is its `Batch.index`; ascending."""
+        return self.indices(TRAIN)
+
+    @property
+    def train_label(self) -> Tensor:
+        """`(num_train,)` int64: their labels; -1 where unknown."""
+        return self.arrays.label[self.train_index]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tells whether a memory of training samples belongs to these: a hash of their numbers and of some of their inputs."""
+        index = self.train_index
+        some = index[torch.linspace(0, len(index) - 1, min(len(index), 64)).long()]
+        digest = hashlib.sha256(index.numpy().tobytes())
+        digest.update(self.arrays.input[some].contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def indices(self, split: int) -> Tensor:
         """Positions of the samples of a split (0 = train, 1 = validation, 2 = test, 3 = unused), in ascending order."""

@@ -232,7 +232,7 @@ def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
 def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str, Any], half: bool = True) -> None:
     """Write a model as one safetensors file, which `load` reads anywhere, offline.
 
-    The file holds every tensor of the state and, as text, the model's name, its hyper-parameters, the card, and a digest of
+    The file holds every tensor of the state (not what only the training needs, such as a memory bank) and, as text, the model's name, its hyper-parameters, the card, and a digest of
     all that. It appears whole or not at all; a file of that name is replaced. Before it is written, the model is rebuilt
     from what it will hold, so a file that could not be loaded is never made.
 
@@ -260,7 +260,7 @@ def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str
     hparams = _without_private(model.hparams)
     _check_json(hparams, f"the hyper-parameters of {name}")
     _check_json(dict(card), "the card")
-    tensors = {key: _to_store(key, value, half) for key, value in model.state_dict().items()}
+    tensors = {key: _to_store(key, value, half) for key, value in model.state_dict().items() if not _is_extra(key)}
     header = {
         "litzoo": _FORMAT,
         "model": name,
@@ -425,10 +425,16 @@ def _build(name: str, hparams: dict[str, Any], state: Mapping[str, Tensor], prob
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody's seed should notice
             model: LightningModule = model_class(**hparams)
-        model.load_state_dict(state)
+        extra = {key: value for key, value in model.state_dict().items() if _is_extra(key)}
+        model.load_state_dict({**extra, **state})
     except Exception as error:  # whatever a constructor says about hyper-parameters it does not know
         raise WeightsError(f"{problem} ({_one_line(error, 300)}): {cure}") from error
     return model.eval()
+
+
+def _is_extra(key: str) -> bool:
+    """What only the training needs, such as a memory bank: checkpoints hold it, weights files do not."""
+    return key.rpartition(".")[2] == "_extra_state"
 
 
 def _to_device(model: LightningModule, device: str | torch.device) -> LightningModule:

@@ -1,0 +1,244 @@
+"""Losses of instance discrimination against a memory bank: every training image is a class of its own."""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Scores = Literal["fp32", "bf16"]
+# Numbers worked on at a time: what is gone over several times stays in a CPU's cache; products need many rows to be fast.
+_CACHED, _PRODUCTS = 1 << 17, 1 << 23
+# With more rows for each row that is asked for, reading those rows one by one is faster than all products and a choice.
+_ROWS_PER_CHOICE = 36
+
+
+def instance_softmax_loss(features: Tensor, bank: Tensor, index: Tensor, temperature: float = 0.07, scores: Scores = "fp32") -> Tensor:
+    """Non-parametric softmax: -log P(i | f), with P(i | f) = exp(v_i . f / t) / sum_j exp(v_j . f / t) over the rows v_j of a bank.
+
+    The bank is a constant. Its rows are gone through once, in blocks, with a running maximum: the `(B, N)` logits
+    never exist whole, and the gradient, (sum_j P(j | f) v_j - v_i) / t, is formed on the way.
+
+    Args:
+        features: `(B, D)`, f, of length one; half precision is computed in float32.
+        bank: `(N, D)`, v, float32 or float64.
+        index: `(B,)` int64, row of each sample.
+        temperature: t, positive.
+        scores: "bf16" multiplies in bfloat16 and sums in float32: a logit s is off by at most |s| / 256.
+
+    Returns:
+        `(B,)` losses.
+
+    Raises:
+        ValueError: if shapes disagree or the temperature is not positive.
+
+    Example:
+        >>> instance_softmax_loss(torch.eye(2), torch.eye(2), torch.arange(2), temperature=1.0)
+        tensor([0.3133, 0.3133])
+
+    Source:
+        Wu, Xiong, Yu & Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, equation 2.
+    """
+    _check(features, bank, temperature)
+    if index.shape != (len(features),):
+        raise ValueError(f"index must hold one row for each of the {len(features)} samples, got shape {tuple(index.shape)}")
+    loss: Tensor = _InstanceSoftmax.apply(features.to(bank.dtype), bank, index, temperature, scores)
+    return loss
+
+
+class _InstanceSoftmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, bank: Tensor, index: Tensor, temperature: float, scores: Scores) -> Tensor:
+        with torch.autocast(features.device.type, enabled=False):
+            scaled = features / temperature
+            own = bank[index]
+            maximum = features.new_full((len(features), 1), -math.inf)
+            total = torch.zeros_like(maximum)
+            mean = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
+            left = scaled.bfloat16() if scores == "bf16" else scaled
+            for rows in bank.split(_block(_CACHED if features.device.type == "cpu" else _PRODUCTS, len(features))):
+                rows = rows.bfloat16() if scores == "bf16" else rows
+                logits = (left @ rows.T).to(bank.dtype)
+                highest = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
+                shrink = (maximum - highest).exp_()
+                exponentials = logits.sub_(highest).exp_()
+                total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
+                if mean is not None and scores == "bf16":
+                    mean.mul_(shrink).add_(exponentials.bfloat16() @ rows)
+                elif mean is not None:
+                    mean.mul_(shrink).addmm_(exponentials, rows)
+                maximum = highest
+            if mean is not None:
+                ctx.save_for_backward(mean.div_(total).sub_(own).div_(temperature))
+            return (maximum + total.log()).squeeze(1) - (scaled * own).sum(dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return grad[:, None] * gradient, None, None, None, None
+
+
+def bank_similarities(features: Tensor, bank: Tensor, rows: Tensor, scores: Scores = "fp32") -> Tensor:
+    """Inner products of features with chosen rows of a constant bank.
+
+    Rows of each sample's own are not gathered, B x K x D numbers, but chosen among all products with the bank; where the bank
+    has more than 36 K rows, they are gathered after all, a few samples at a time.
+
+    Args:
+        features: `(B, D)`; half precision is computed in float32.
+        bank: `(N, D)`, float32 or float64.
+        rows: `(B, K)` int64, or `(K,)` if all samples share them.
+        scores: "bf16" multiplies in bfloat16: a product s is off by at most |s| / 256.
+
+    Returns:
+        `(B, K)`, differentiable in `features`.
+
+    Raises:
+        ValueError: if shapes disagree.
+
+    Example:
+        >>> bank_similarities(torch.eye(2), torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1]))
+        tensor([[3.],
+                [4.]])
+    """
+    _check(features, bank)
+    features = features.to(bank.dtype)
+    if rows.dim() == 1:
+        chosen = bank[rows]
+        with torch.autocast(features.device.type, enabled=False):
+            return (features.bfloat16() @ chosen.bfloat16().T).to(bank.dtype) if scores == "bf16" else features @ chosen.T
+    if rows.dim() != 2 or len(rows) != len(features):
+        raise ValueError(f"rows must have shape ({len(features)}, K) or (K,), got {tuple(rows.shape)}")
+    similarities: Tensor = _ChosenSimilarities.apply(features, bank, rows, scores)
+    return similarities
+
+
+class _ChosenSimilarities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, bank: Tensor, rows: Tensor, scores: Scores) -> Tensor:
+        ctx.save_for_backward(bank, rows)
+        ctx.scores = scores
+        chosen = features.new_empty(rows.shape)
+        with torch.autocast(features.device.type, enabled=False):
+            if _gathers(bank, rows):
+                block = _block(_PRODUCTS, rows.shape[1] * bank.shape[1])
+                for part, these, out in zip(features.split(block), rows.split(block), chosen.split(block), strict=True):
+                    torch.bmm(bank[these], part[:, :, None], out=out[:, :, None])
+                return chosen
+            block = _block(_PRODUCTS, len(bank))
+            right = bank.bfloat16() if scores == "bf16" else bank
+            for part, these, out in zip(features.split(block), rows.split(block), chosen.split(block), strict=True):
+                out.copy_((part.to(right.dtype) @ right.T).gather(1, these))
+        return chosen
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        bank, rows = ctx.saved_tensors
+        gradient = grad.new_empty(len(rows), bank.shape[1])
+        with torch.autocast(grad.device.type, enabled=False):
+            if _gathers(bank, rows):
+                block = _block(_PRODUCTS, rows.shape[1] * bank.shape[1])
+                for part, these, out in zip(grad.split(block), rows.split(block), gradient.split(block), strict=True):
+                    torch.bmm(part[:, None, :], bank[these], out=out[:, None, :])
+                return gradient, None, None, None
+            block = _block(_PRODUCTS, len(bank))
+            right = bank.bfloat16() if ctx.scores == "bf16" else bank
+            for part, these, out in zip(grad.split(block), rows.split(block), gradient.split(block), strict=True):
+                # A row may be drawn twice, so its weights add up.
+                weights = grad.new_zeros(len(part), len(bank)).scatter_add_(1, these, part)
+                out.copy_(weights.to(right.dtype) @ right)
+        return gradient, None, None, None
+
+
+def nce_loss(positive: Tensor, negative: Tensor, temperature: float, log_partition: Tensor | float) -> Tensor:
+    """Noise-contrastive estimation: tells a sample's own row from rows drawn uniformly from the bank.
+
+    With noise P_n = 1 / N and m draws, h(i, v) = P(i | v) / (P(i | v) + m / N), where P = exp(s / t) / Z for the inner
+    product s. So h = sigmoid(s / t - b) with b = log(m Z / N), and the loss, -log h(i, v) - sum_k log(1 - h(i, v_k)), is
+    softplus(b - s / t) + sum_k softplus(s_k / t - b): a binary cross entropy with logits, in which N appears only within Z / N.
+
+    Args:
+        positive: `(B,)`, inner product of each sample with its own row.
+        negative: `(B, m)`, with the rows drawn; -inf leaves one out.
+        temperature: t, positive.
+        log_partition: log(Z / N), the logarithm of the mean of exp(s / t) over the bank; see `log_partition_of`.
+
+    Returns:
+        `(B,)` losses.
+
+    Example:
+        >>> nce_loss(torch.tensor([1.0]), torch.tensor([[0.0, 0.0]]), temperature=1.0, log_partition=0.0)
+        tensor([1.3369])
+
+    Source:
+        Wu, Xiong, Yu & Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018, equations 4 to 8.
+    """
+    bias = math.log(negative.shape[1]) + log_partition
+    noise: Tensor = _SoftplusSum.apply(negative, 1 / temperature, bias)
+    return F.softplus(bias - positive / temperature) + noise
+
+
+class _SoftplusSum(torch.autograd.Function):
+    """sum_k softplus(a x_k - b), several times faster on a CPU than `F.softplus`, whose log1p is computed one by one there."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: float, bias: Tensor | float) -> Tensor:
+        logits = (x * scale).sub_(bias)
+        # softplus(y) = max(y, 0) + log(1 + e), e = exp(-|y|); the logarithm of the rounded u = 1 + e is corrected by e / (u - 1).
+        exponential = logits.abs().neg_().exp_()
+        above = 1 + exponential
+        rest = above - 1
+        logarithm = above.log_().mul_(exponential).div_(rest)
+        total = torch.where(rest == 0, exponential, logarithm).sum(dim=1).add_(logits.clamp(min=0).sum(dim=1))
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(logits.sigmoid_().mul_(scale))
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad[:, None], None, None
+
+
+def log_partition_of(negative: Tensor, temperature: float) -> Tensor:
+    """Estimate log(Z / N), the logarithm of the mean of exp(s / t), from inner products with rows drawn uniformly.
+
+    Args:
+        negative: `(B, m)`; -inf leaves one out.
+        temperature: t, positive.
+
+    Returns:
+        A scalar without gradient.
+
+    Example:
+        >>> log_partition_of(torch.zeros(4, 8), temperature=0.07)
+        tensor(0.)
+
+    Source:
+        Wu, Xiong, Yu & Lin, CVPR 2018, equation 8. Against random rows of D dimensions it is 1 / (2 D t^2).
+    """
+    values = negative.detach().flatten() / temperature
+    return values.logsumexp(dim=0) - (values > -math.inf).sum().log()
+
+
+def _check(features: Tensor, bank: Tensor, temperature: float = 1.0) -> None:
+    if features.dim() != 2 or bank.dim() != 2 or features.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"features (batch, dimensions) and bank (rows, dimensions) must have the same dimensions, "
+            f"got {tuple(features.shape)} and {tuple(bank.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+
+
+def _block(numbers: int, width: int) -> int:
+    """How many rows of so many numbers each make a block."""
+    return max(1, numbers // width)
+
+
+def _gathers(bank: Tensor, rows: Tensor) -> bool:
+    return len(bank) > _ROWS_PER_CHOICE * rows.shape[1]
