@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,7 +12,8 @@ from ...zoo.functional.random import fold_in, normal, random_order, uniform
 
 Rotation = Literal["none", "yaw", "full"]
 # Each draw has a number of its own, so that switching one on leaves the others as they were.
-_SUBSAMPLE, _ROTATE, _SCALE, _SHIFT, _DROP, _JITTER = range(6)
+_DRAWS = 6
+_SUBSAMPLE, _ROTATE, _SCALE, _SHIFT, _DROP, _JITTER = range(_DRAWS)
 
 
 def rotation_matrices(key: Tensor, rotation: Rotation) -> Tensor:
@@ -72,15 +74,17 @@ def subsample(
     length = points.shape[1]
     order = random_order(key, length)
     if count is None:
-        order = order.repeat(1, -(-num_points // length))[:, :num_points]
+        order = order.repeat(1, -(-num_points // length))[:, :num_points] if num_points > length else order[:, :num_points]
     else:
         # The places of a cloud's own points in the order, which stays as it is without the others.
         own = order < count[:, None]
         place = torch.where(own, own.cumsum(1) - 1, length)
         own_order = order.new_zeros(len(order), length + 1).scatter_(1, place, order)
         order = own_order.gather(1, torch.arange(num_points, device=order.device) % count[:, None])
-    points = points.gather(1, order.unsqueeze(-1).expand(-1, -1, points.shape[-1]))
-    return points, None if part is None else part.gather(1, order)
+    # Whole rows of one table: it is faster than to gather each coordinate.
+    row = (order + torch.arange(len(order), device=order.device)[:, None] * length).flatten()
+    kept = points.flatten(0, 1).index_select(0, row).view(*order.shape, points.shape[-1])
+    return kept, None if part is None else part.gather(1, order)
 
 
 def drop_points(points: Tensor, key: Tensor, max_ratio: float, part: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -105,6 +109,20 @@ def drop_points(points: Tensor, key: Tensor, max_ratio: float, part: Tensor | No
     drop = uniform(fold_in(key, 1), points.shape[1]) < ratio
     points = torch.where(drop.unsqueeze(-1), points[:, :1], points)
     return points, None if part is None else torch.where(drop, part[:, :1], part)
+
+
+def _transform(points: Tensor, matrix: Tensor) -> Tensor:
+    """The products of points `(B, N, 3)` and matrices `(B, 3, 3)`."""
+    # For rows of three numbers, numpy's product is several times faster than torch's.
+    if points.device.type == "cpu" and points.dtype == torch.float32 and not points.requires_grad:
+        return torch.from_numpy(np.matmul(points.numpy(), matrix.contiguous().numpy()))
+    return _transform_plain(points, matrix.to(points.dtype))
+
+
+def _transform_plain(points: Tensor, matrix: Tensor) -> Tensor:
+    # Not by torch's product, which may round to TF32 or bfloat16.
+    (x, y, z), (a, b, c) = points.split(1, dim=-1), matrix.split(1, dim=-2)
+    return x * a + y * b + z * c
 
 
 @dataclass(frozen=True)
@@ -166,18 +184,20 @@ class PointAugmentation:
         Returns:
             Points `(B, num_points, 3)` and labels `(B, num_points)` or None.
         """
+        keys = fold_in(key[:, None], torch.arange(_DRAWS, device=key.device)).unbind(1)
         if num_points is not None:
-            points, part = subsample(points, fold_in(key, _SUBSAMPLE), num_points, part, count)
-        if self.rotation != "none":
-            points = points @ rotation_matrices(fold_in(key, _ROTATE), self.rotation).mT.to(points.dtype)
-        if self.scale != (1.0, 1.0):
-            axes = 3 if self.scale_axes else 1
-            points = points * uniform(fold_in(key, _SCALE), 1, axes, low=self.scale[0], high=self.scale[1])
+            points, part = subsample(points, keys[_SUBSAMPLE], num_points, part, count)
+        if self.rotation != "none" or self.scale != (1.0, 1.0):
+            eye = torch.eye(3, device=points.device)
+            matrix = eye if self.rotation == "none" else rotation_matrices(keys[_ROTATE], self.rotation).mT
+            if self.scale != (1.0, 1.0):
+                axes = 3 if self.scale_axes else 1
+                matrix = matrix * uniform(keys[_SCALE], 1, axes, low=self.scale[0], high=self.scale[1])
+            points = _transform(points, matrix)
         if self.shift:
-            points = points + uniform(fold_in(key, _SHIFT), 1, 3, low=-self.shift, high=self.shift)
+            points = points + uniform(keys[_SHIFT], 1, 3, low=-self.shift, high=self.shift)
         if self.dropout:
-            points, part = drop_points(points, fold_in(key, _DROP), self.dropout, part)
+            points, part = drop_points(points, keys[_DROP], self.dropout, part)
         if self.jitter:
-            noise = normal(fold_in(key, _JITTER), points.shape[1], 3) * self.jitter
-            points = points + noise.clamp(-self.jitter_clip, self.jitter_clip)
+            points = points + normal(keys[_JITTER], points.shape[1], 3).mul_(self.jitter).clamp_(-self.jitter_clip, self.jitter_clip)
         return points, part

@@ -1,5 +1,6 @@
 """Augmentation of clouds: distributions, and a plain loop over samples that uses the same numbers."""
 
+import hashlib
 import math
 
 import numpy as np
@@ -214,6 +215,70 @@ def test_against_a_loop(rotation: str, num_points: int) -> None:
     torch.testing.assert_close(given.double(), expected, atol=1e-5, rtol=1e-5)
     assert label is not None
     assert torch.equal(label, expected_part)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_points_are_turned_like_by_a_plain_product(size: int) -> None:
+    points, matrix = torch.randn(3, size, 6)[..., ::2], rotation_matrices(MANY[:3], "full").mT
+    expected = points.double() @ matrix.double()
+    for given in (points, points.double(), points.clone().requires_grad_()):
+        moved = module._transform(given, matrix)
+        assert (moved.dtype, moved.requires_grad) == (given.dtype, given.requires_grad)
+        torch.testing.assert_close(moved.double(), expected, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(module._transform_plain(points, matrix).double(), expected, atol=2e-6, rtol=1e-6)
+
+
+def fingerprint(numbers: Tensor) -> str:
+    return hashlib.sha256(numbers.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+RECORDED_KEY = fold_in(7, torch.arange(16))
+RECORDED_PART, RECORDED_COUNT = torch.arange(200).expand(16, 200), 12 * torch.arange(16) + 20
+
+
+@pytest.mark.parametrize(
+    ("number", "full", "counted"),
+    [
+        (50, "fa45cba5f827c674", "552186847ade6145"),
+        (200, "1218fce175285c94", "39eb5dc223eb2afb"),
+        (450, "2ca835be00d334ab", "8155a8261cb4d406"),
+    ],
+)
+def test_recorded_subsets(number: int, full: str, counted: str) -> None:
+    """Published numbers were scored on them."""
+    points = RECORDED_PART[..., None].float().expand(-1, -1, 3)
+    for count, recorded in ((None, full), (RECORDED_COUNT, counted)):
+        kept, part = subsample(points, RECORDED_KEY, number, RECORDED_PART, count)
+        assert part is not None
+        assert fingerprint(part) == recorded
+        assert torch.equal(kept, part[..., None].float().expand(-1, -1, 3))
+
+
+@pytest.mark.parametrize(
+    ("setting", "chosen", "first", "last", "total"),
+    [
+        ({}, "f7b419b4ed78a6df", [0.30555987, 0.27127299, 0.33627108], [0.51952773, 0.42411989, 0.58205676], 1546.82844),
+        (
+            *({"rotation": "yaw", "jitter": 0.01}, "f7b419b4ed78a6df"),
+            *([0.08251420, 0.28378627, 0.46736771], [-0.64074719, 0.42538673, -0.24638833], 719.86973),
+        ),
+        (
+            *({"rotation": "full", "scale_axes": False, "dropout": 0.5, "jitter": 0.05, "jitter_clip": 0.02}, "ff7d9b172d0e0d63"),
+            *([0.07458557, -0.41567552, 0.42850500], [-0.60902339, 0.04957482, 0.61798686], 134.28570),
+        ),
+        (
+            *({"scale": (1.0, 1.0), "shift": 0.0, "rotation": "yaw"}, "f7b419b4ed78a6df"),
+            *([0.13957587, 0.38144329, 0.52127647], [-0.58724570, 0.44329897, -0.21996142], 745.53712),
+        ),
+    ],
+)
+def test_recorded_clouds(setting: dict[str, object], chosen: str, first: list[float], last: list[float], total: float) -> None:
+    points = torch.arange(16 * 200 * 3).view(16, 200, 3).remainder(97).float() / 97
+    moved, part = PointAugmentation(**setting)(points, RECORDED_KEY, 64, RECORDED_PART)
+    assert part is not None
+    assert fingerprint(part) == chosen
+    np.testing.assert_allclose(moved[[3, 15], [17, 63]], [first, last], rtol=0, atol=1e-6)
+    assert float(moved.double().sum()) == pytest.approx(total, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Counter-based random numbers: against plain Python integers, and as a statistician would look at them."""
 
+import hashlib
 import itertools
 import math
 
@@ -8,7 +9,8 @@ import pytest
 import torch
 from scipy import stats
 
-from litzoo.zoo.functional.random import fold_in, normal, random_order, uniform
+from litzoo.zoo.functional import random as module
+from litzoo.zoo.functional.random import fold_in, integers, normal, random_order, uniform
 
 MASK = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -68,6 +70,47 @@ def test_fold_in_against_plain_integers(key: int, number: int) -> None:
 def test_random_order_sorts_the_signed_draws(key: int) -> None:
     signed = [x - (1 << 64) if x >> 63 else x for x in draws(key, 9)]
     assert random_order(torch.tensor(key), 9).tolist() == sorted(range(9), key=signed.__getitem__)
+
+
+def fingerprint(numbers: torch.Tensor) -> str:
+    return hashlib.sha256(numbers.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def test_recorded_numbers() -> None:
+    """Splits and orders of published results are made of them: they must never change."""
+    key = fold_in(7, torch.arange(16))
+    assert fingerprint(fold_in(key[:, None], 3, torch.arange(50))) == "bdfe49cb4bc87814"
+    for length, recorded in (
+        (1, "38723a2e5e8a17aa"),
+        (2, "c2db1575da494160"),
+        (10, "5c92d5f64618626a"),
+        (1024, "ab519263e2397393"),
+        (2048, "4d037411c5dfb3f8"),
+        (5000, "c4e2035dbb976445"),
+    ):
+        assert fingerprint(random_order(key, length)) == recorded
+    assert fingerprint(random_order(key[0], 70_000)) == "b523e05d7f9a818f"
+    assert fingerprint(uniform(key)) == "7207cc7e2e42917d"
+    assert fingerprint(uniform(key, 1000, 3)) == "789ebf4b795c1e3d"
+    assert fingerprint(uniform(key, 1000, low=0.8, high=1.25)) == "c405dbb7dc1371c9"
+    numbers = normal(key, 1001, 3)
+    some = [[0.29666072, 0.67703635, -0.90317833], [0.84494436, 0.16572981, -2.14184117], [0.44745561, 0.27833351, -0.29148057]]
+    np.testing.assert_allclose(numbers[5, [0, 1, 1000]], some, rtol=0, atol=1e-6)
+    assert float(numbers.double().sum()) == pytest.approx(353.93401, abs=1e-2)
+    assert float(numbers.double().abs().sum()) == pytest.approx(38160.34648, abs=1e-2)
+
+
+def test_unsigned_integers_mix_like_signed_ones() -> None:
+    for x in (torch.tensor(KEYS), torch.tensor(-1), fold_in(5, torch.arange(60)).view(3, 20).T, torch.empty(0, dtype=torch.int64)):
+        for given in (module._mix(x.clone()), torch.compile(lambda x: module._mix(x.clone()), backend="eager", fullgraph=True)(x)):
+            assert torch.equal(given, module._mix_signed(x.clone()))
+
+
+@pytest.mark.parametrize("bits", [64, 50, 20, 3])
+@pytest.mark.parametrize("shape", [(1,), (7, 2), (5, 300), (3, 5000), (0, 4)])
+def test_sorted_like_a_plain_sort(bits: int, shape: tuple[int, ...]) -> None:
+    numbers = fold_in(2, torch.arange(math.prod(shape))).view(shape) >> (64 - bits)  # of fewer bits, more share the upper ones
+    assert torch.equal(module._sorted(numbers), numbers.sort(dim=-1).values)
 
 
 def test_shapes_and_types() -> None:
@@ -141,6 +184,14 @@ def test_numbers_of_one_key_are_independent() -> None:
         x = normal(fold_in(3, torch.arange(20_000)), count).double().numpy()
         for y in (x, x**2, np.abs(x)):
             assert np.abs(np.corrcoef(y.T) - np.eye(count)).max() < 5 / math.sqrt(20_000)
+
+
+@pytest.mark.parametrize("high", [1, 7, 1_281_167, 2**31])
+def test_integers_are_the_high_bits_scaled(high: int) -> None:
+    found = integers(torch.tensor(KEYS), 3, 4, high=high)
+    expected = [[((bits >> 32) * high) >> 32 for bits in draws(key, 12)] for key in KEYS]
+    assert found.view(len(KEYS), 12).tolist() == expected
+    assert integers(torch.tensor(5), 4, high=high).shape == (4,)
 
 
 def test_random_order_is_an_unbiased_permutation() -> None:

@@ -20,6 +20,8 @@ def _signed(value: int) -> int:
 _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MULTIPLY_1 = _signed(0xBF58476D1CE4E5B9)
 _MULTIPLY_2 = _signed(0x94D049BB133111EB)
+# A radix sort counts 256 values twice, whatever the length.
+_RADIX_FROM = 512
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -28,9 +30,26 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = x ^ _shift_right(x, 30)
-    x = x.mul_(_MULTIPLY_1).bitwise_xor_(_shift_right(x, 27))
-    return x.mul_(_MULTIPLY_2).bitwise_xor_(_shift_right(x, 31))
+    """The output function of SplitMix64, in place."""
+    # numpy has unsigned integers, which shift in one pass over them instead of two.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return _mix_signed(x)
+    _mix_unsigned(x.numpy().view(np.uint64))
+    return x
+
+
+def _mix_signed(x: Tensor) -> Tensor:
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(_MULTIPLY_1)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(_MULTIPLY_2)
+    return x.bitwise_xor_(_shift_right(x, 31))
+
+
+def _mix_unsigned(x: np.ndarray) -> None:
+    shifted = np.empty_like(x)
+    for bits, factor in ((30, _MULTIPLY_1), (27, _MULTIPLY_2)):
+        np.bitwise_xor(x, np.right_shift(x, np.uint64(bits), out=shifted), out=x)
+        np.multiply(x, np.uint64(factor % (1 << 64)), out=x)
+    np.bitwise_xor(x, np.right_shift(x, np.uint64(31), out=shifted), out=x)
 
 
 def fold_in(key: Tensor | int, *numbers: Tensor | int) -> Tensor:
@@ -77,8 +96,7 @@ def uniform(key: Tensor, *shape: int, low: float = 0.0, high: float = 1.0) -> Te
         >>> uniform(fold_in(0, torch.arange(4)), 1024, 3).shape
         torch.Size([4, 1024, 3])
     """
-    unit = _shift_right(_bits(key, shape), 40).to(torch.float32) * 2.0**-24
-    return unit * (high - low) + low
+    return _shift_right(_bits(key, shape), 40).to(torch.float32).mul_(2.0**-24).mul_(high - low).add_(low)
 
 
 def normal(key: Tensor, *shape: int) -> Tensor:
@@ -99,8 +117,27 @@ def normal(key: Tensor, *shape: int) -> Tensor:
     bits = _bits(key, (-(-count // 2),))
     radius = (_shift_right(bits, 40).to(torch.float32) + 0.5).mul_(2.0**-24).log_().mul_(-2.0).sqrt_()
     angle = (bits & 0xFFFFFF).to(torch.float32).mul_(2.0**-24 * 2.0 * math.pi)
-    pairs = torch.cat([radius * angle.cos(), radius * angle.sin()], dim=-1)
-    return pairs[..., :count].reshape(key.shape + shape)
+    pairs = torch.stack([angle.cos(), angle.sin_()], dim=-2).mul_(radius.unsqueeze(-2))
+    return pairs.flatten(-2)[..., :count].reshape(key.shape + shape)
+
+
+def integers(key: Tensor, *shape: int, high: int) -> Tensor:
+    """Uniform integers from 0 to high - 1, `shape` of them for each key.
+
+    Args:
+        key: `(B,)` int64, or `()`.
+        shape: the shape of the numbers of one key.
+        high: how many integers there are, at most 2^31.
+
+    Returns:
+        `(B, *shape)` int64.
+
+    Example:
+        >>> integers(torch.tensor([1, 2]), 5, high=10).shape
+        torch.Size([2, 5])
+    """
+    # 32 random bits times high, without its low half: a number comes at most high / 2^32 too often.
+    return _shift_right(_bits(key, shape), 32).mul_(high) >> 32
 
 
 def random_order(key: Tensor, length: int) -> Tensor:
@@ -119,7 +156,16 @@ def random_order(key: Tensor, length: int) -> Tensor:
     """
     # The position stands in the low bits of what is sorted: no ties, and no need for an argsort.
     low = (1 << length.bit_length()) - 1
-    packed = (_bits(key, (length,)) & ~low) | torch.arange(length, device=key.device)
-    # numpy's vectorised sort is several times faster than torch's on the CPU; sorted integers are the same from both.
-    ordered = torch.from_numpy(np.sort(packed.numpy(), axis=-1)) if key.device.type == "cpu" else packed.sort(dim=-1).values
-    return ordered & low
+    packed = _bits(key, (length,)).bitwise_and_(~low).bitwise_or_(torch.arange(length, device=key.device))
+    return (_sorted(packed) if key.device.type == "cpu" else packed.sort(dim=-1).values).bitwise_and_(low)
+
+
+def _sorted(packed: Tensor) -> Tensor:
+    """Random int64 in ascending order along the last dimension."""
+    if packed.shape[-1] < _RADIX_FROM:
+        return torch.from_numpy(np.sort(packed.numpy(), axis=-1))
+    # numpy sorts 16 bits by radix, in linear time; few numbers share theirs, and its Timsort is quick where little is out of order.
+    nearly = torch.from_numpy(np.argsort((packed >> 48).to(torch.int16).numpy(), axis=-1, kind="stable"))
+    ordered = packed.gather(-1, nearly)
+    ordered.numpy().sort(axis=-1, kind="stable")
+    return ordered
