@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 import torch
 import trimesh
+from contract import shapenet_clouds, write_shapenet
 
 import litzoo
+from litzoo.datamodules import ShapeNetPartDataModule
 from litzoo.datamodules.meshes import read_cloud, turn_up
 from litzoo.zoo import ImageClassifier, PointNetClassifier
 from litzoo.zoo.cli import main
@@ -194,6 +196,69 @@ def test_arrays_that_hold_no_cloud(weights: Path, here: Path, capsys: pytest.Cap
     with h5py.File("group.h5", "w") as file:
         file.create_group("points")
     assert "group.h5: `points` must be an array, it is a group" in mistake(capsys, weights, "group.h5")
+
+
+@pytest.mark.parametrize("columns", [4, 6, 7])
+def test_normals_and_labels_behind_the_coordinates(columns: int, weights: Path, here: Path) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=(2, 60, columns)) * np.array([1, 2, 3, 50, 60, 70, 80])[:columns]
+    array[..., 3:] = np.nan  # not looked at
+    (here / "clouds").mkdir()
+    np.save("clouds/one.npy", array[0])
+    np.save("clouds/two.npy", array)
+    with h5py.File("clouds/three.h5", "w") as file:
+        file["points"] = array
+    rows = classify(weights, "clouds")
+    assert [row["file"] for row in rows] == ["clouds/one.npy", *["clouds/three.h5"] * 2, *["clouds/two.npy"] * 2]
+    first, second = expected(weights, list(array[..., :3]))
+    assert np.abs(first - second).max() > 1e-4
+    assert confidence(rows) == pytest.approx(np.stack([first, first, second, first, second]), abs=2e-6)
+    np.savetxt("one.xyz", array[0])
+    assert confidence(classify(weights, "one.xyz")) == pytest.approx(first[None], abs=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(60, 2), (60, 5), (60, 8), (2, 60, 512), (60,), (2, 2, 60, 3)])
+def test_other_columns_are_refused(shape: tuple[int, ...], weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save("a.npy", np.zeros(shape))
+    message = mistake(capsys, weights, "a.npy")
+    assert "a.npy: a cloud has shape (points, 3), several have (clouds, points, 3), with 4, 6 or 7 columns if normals or labels" in message
+    assert f"this is float64 {shape}" in message
+
+
+@pytest.mark.parametrize("options", [(), ("--votes", "3"), ("--votes", "2", "--vote-by", "subsample"), ("--up-axis", "z")])
+def test_points_that_fill_up_a_packed_cloud_are_not_seen(options: tuple[str, ...], weights: Path, here: Path) -> None:
+    rng = np.random.default_rng(0)
+    own = [rng.normal(size=(size, 3)).astype(np.float32) + (3 * rng.random(3)).astype(np.float32) for size in (40, 90, 7, 40)]
+    with h5py.File("packed.h5", "w") as file:
+        file["points"] = np.stack([cloud[np.arange(90) % len(cloud)] for cloud in own])
+        file["count"] = np.array([len(cloud) for cloud in own])
+    for place, cloud in enumerate(own):
+        np.save(f"{place}.npy", cloud)
+    rows = classify(weights, "packed.h5", *options)
+    assert [row["index"] for row in rows] == [0, 1, 2, 3]
+    apart = confidence(classify(weights, *(f"{place}.npy" for place in range(4)), *options))
+    assert confidence(rows) == pytest.approx(apart, abs=2e-6)
+    with h5py.File("packed.h5", "a") as file:
+        del file["count"]
+    assert np.abs(confidence(classify(weights, "packed.h5", *options)) - apart).max() > 1e-4
+
+
+def test_packed_shapes_are_classified_as_the_data_module_gives_them(weights: Path, here: Path) -> None:
+    data = ShapeNetPartDataModule(write_shapenet(here / "shapenet", "v0", *shapenet_clouds()), pack="packed.h5", farthest=0)
+    assert data.arrays.count is not None
+    found = confidence(classify(weights, "packed.h5"))
+    assert len(found) == len(data.files)
+    loaded: Any = litzoo.load(weights / "points.safetensors").eval()
+    for batch in (*data.eval_train_dataloader(), *data.test_dataloader()):
+        with torch.no_grad():
+            assert found[batch.index] == pytest.approx(loaded.predict_step(data.transform(batch), 0).numpy(), abs=2e-6)
+
+
+@pytest.mark.parametrize("count", [[3], [3, 0], [3, 10], [3.0, 3.0], 3])
+def test_counts_that_fit_no_cloud(count: Any, weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with h5py.File("packed.h5", "w") as file:
+        file["points"], file["count"] = np.ones((2, 9, 3), np.float32), count
+    assert "packed.h5: `count` must say how many of its 9 points each of the 2 clouds has" in mistake(capsys, weights, "packed.h5")
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_any_work(

@@ -28,8 +28,11 @@ SHAPES = tuple(suffix for suffix in SHAPE_SUFFIXES if suffix not in ARRAYS)
 READABLE = {"points": (*ARRAYS, *SHAPES), "images": (*PICTURE_SUFFIXES, *ARRAYS)}
 NOUN = {"points": "point clouds", "images": "pictures"}
 _CONTENT = {"points": "points", "images": "image"}
+# Of a point: x, y, z, then perhaps a normal, then perhaps a label.
+_COLUMNS = (3, 4, 6, 7)
 _FORMS = {
-    "points": f".npy files of shape (points, 3) or (clouds, points, 3), HDF5 files with `points`, {', '.join(SHAPES)} files",
+    "points": ".npy files of shape (points, 3) or (clouds, points, 3), also with normals or labels behind x, y, z, HDF5 files with `points`, "
+    f"{', '.join(SHAPES)} files",
     "images": f"{', '.join(PICTURE_SUFFIXES)} files, .npy files of uint8 (height, width, channels) or (pictures, height, width, channels), "
     "HDF5 files with `image`",
 }
@@ -95,7 +98,7 @@ def _held(path: Path) -> Kind | None:
             array = np.load(path, mmap_mode="r", allow_pickle=False)
             if array.dtype == np.uint8 and array.ndim in (3, 4):
                 return "images"
-            return "points" if array.ndim in (2, 3) and array.shape[-1] == 3 else None
+            return "points" if array.ndim in (2, 3) and array.shape[-1] in _COLUMNS else None
         import h5py
 
         with h5py.File(path, "r") as file:
@@ -118,8 +121,9 @@ def _content(path: Path, file: Any, name: str) -> Any:
     return file[name]
 
 
-def _clouds(path: Path) -> np.ndarray:
-    """The clouds `(M, N, 3)` float32 of a file."""
+def _clouds(path: Path) -> list[np.ndarray]:
+    """The clouds of a file, each `(N, 3)` float32 without the copies that fill it up in a packed file."""
+    count = None
     try:
         if path.suffix.lower() == ".npy":
             points = np.load(path, allow_pickle=False)
@@ -131,18 +135,28 @@ def _clouds(path: Path) -> np.ndarray:
                 if not isinstance(points, h5py.Dataset):
                     raise CommandError(f"{path}: `points` must be an array, it is a group")
                 points = points[()]
+                if "count" in file:
+                    count = np.asarray(file["count"])
     except (ValueError, OSError, EOFError) as error:
         raise _unreadable(path, error) from error
     clouds = points[None] if points.ndim == 2 else points
-    if clouds.ndim != 3 or clouds.shape[-1] != 3 or 0 in clouds.shape or clouds.dtype.kind not in "fiu":
+    if clouds.ndim != 3 or clouds.shape[-1] not in _COLUMNS or 0 in clouds.shape or clouds.dtype.kind not in "fiu":
         raise CommandError(
-            f"{path}: a cloud has shape (points, 3), several have (clouds, points, 3); this is {points.dtype} {points.shape}"
+            f"{path}: a cloud has shape (points, 3), several have (clouds, points, 3), with 4, 6 or 7 columns if normals or labels follow; "
+            f"this is {points.dtype} {points.shape}"
+        )
+    if count is None:
+        count = np.full(len(clouds), clouds.shape[1])
+    elif count.dtype.kind not in "iu" or count.shape != clouds.shape[:1] or count.min() < 1 or count.max() > clouds.shape[1]:
+        raise CommandError(
+            f"{path}: `count` must say how many of its {clouds.shape[1]} points each of the {len(clouds)} clouds has, it is {count.dtype} "
+            f"{count.shape}: correct or remove it"
         )
     with np.errstate(over="ignore"):  # what overflows is infinite, and told as such
-        clouds = clouds.astype(np.float32)
-    if not np.isfinite(clouds).all():
+        own = [cloud[:number, :3].astype(np.float32) for cloud, number in zip(clouds, count, strict=True)]
+    if not all(np.isfinite(cloud).all() for cloud in own):
         raise CommandError(f"{path} holds NaN or infinite coordinates: remove them")
-    return clouds
+    return own
 
 
 def _check_pixels(path: Path, array: Any) -> None:
@@ -220,9 +234,8 @@ def _classify_clouds(model: Any, files: list[Path], options: argparse.Namespace)
             if isinstance(found, str):
                 corrupt[path] = found
                 continue
-            clouds = found if array else found[None]
-            for position, cloud in enumerate(torch.from_numpy(turn_up(clouds, options.up_axis or "y"))):
-                waiting.append(_Piece(path, position, cloud))
+            for position, cloud in enumerate(found if array else [found]):
+                waiting.append(_Piece(path, position, torch.from_numpy(turn_up(cloud, options.up_axis or "y"))))
                 if len(waiting) == options.batch_size:
                     classify_waiting()
     classify_waiting()
@@ -321,8 +334,9 @@ def predict(argv: list[str]) -> int:
 
     Args:
         argv: the options and sources: picture files, meshes and clouds as `read_cloud` reads them, .npy files of uint8 (height, width,
-            channels) or (pictures, height, width, channels) or of clouds (points, 3) or (clouds, points, 3), HDF5 files with `image` or
-            `points`, and folders of these.
+            channels) or (pictures, height, width, channels) or of clouds (points, 3) or (clouds, points, 3), whose points may have a
+            normal, a label or both behind x, y, z, HDF5 files with `image` or `points` and perhaps the `count` of those that are no copies,
+            and folders of these.
 
     Returns:
         The exit status.
