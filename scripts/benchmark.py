@@ -32,11 +32,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark_cases import Benchmark, Make, Run, callbacks, images, points
+from benchmark_cases import Benchmark, Make, Run, callbacks, images, neighbours, points
 
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "keep": KEEP}
-BENCHMARKS: dict[str, Benchmark] = {**callbacks.BENCHMARKS, **points.BENCHMARKS, **images.BENCHMARKS}
+BENCHMARKS: dict[str, Benchmark] = {**callbacks.BENCHMARKS, **points.BENCHMARKS, **images.BENCHMARKS, **neighbours.BENCHMARKS}
 
 Worker = Callable[[str, Sequence[str], int, int, str], dict[str, Any]]
 
