@@ -16,6 +16,7 @@ MODELS = {
 _EXPORTS = {
     **MODELS,
     "Batch": "batch",
+    "KNNClassifier": "layers.knn_classifier",
     "WarmupCosineLR": "optimization",
     "WeightsError": "pretrained",
     "create_backbone": "backbones",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from .critical_sets import critical_points as critical_points
     from .critical_sets import upper_bound_points as upper_bound_points
     from .image_classifier import ImageClassifier as ImageClassifier
+    from .layers.knn_classifier import KNNClassifier as KNNClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
     from .optimization import WarmupCosineLR as WarmupCosineLR
     from .pointnet import PointNetClassifier as PointNetClassifier
