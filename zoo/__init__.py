@@ -9,6 +9,7 @@ if __name__ != "litzoo.zoo":
 # Name -> file that defines it. The models are also the allow-list of what a weights file may name.
 MODELS = {
     "ImageClassifier": "image_classifier",
+    "InstanceDiscrimination": "instance_discrimination",
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
     "PointNetSegmenter": "pointnet_segmenter",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .critical_sets import critical_points as critical_points
     from .critical_sets import upper_bound_points as upper_bound_points
     from .image_classifier import ImageClassifier as ImageClassifier
+    from .instance_discrimination import InstanceDiscrimination as InstanceDiscrimination
     from .layers.knn_classifier import KNNClassifier as KNNClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
     from .optimization import WarmupCosineLR as WarmupCosineLR

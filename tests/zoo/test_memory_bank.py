@@ -22,6 +22,7 @@ def bank_of(momentum: float = 0.5, dim: int = 4) -> MemoryBank:
 
 
 def by_loop(rows: Tensor, samples: list[int], features: Tensor, momentum: float) -> Tensor:
+    """A batch, in which the first feature of a sample counts."""
     rows, seen = rows.clone(), set()
     for sample, feature in zip(samples, features, strict=True):
         if sample not in seen:
@@ -37,8 +38,11 @@ def test_rows_against_a_loop(momentum: float) -> None:
     bank = bank_of(momentum)
     samples = [20, 3, 20, 21, 3]  # the first of each counts
     features = torch.randn(5, 4)
-    expected = by_loop(bank.rows, samples, features, momentum)
+    expected = by_loop(bank.rows, samples, features, momentum=0.0)
     bank.write(torch.tensor(samples), features)
+    torch.testing.assert_close(bank.rows, expected, msg="the first feature replaces the random direction")
+    expected = by_loop(bank.rows, samples, -features.flip(0), momentum)
+    bank.write(torch.tensor(samples), -features.flip(0))
     torch.testing.assert_close(bank.rows, expected)
     assert torch.allclose(bank.rows.norm(dim=1), torch.ones(5))
 
@@ -153,6 +157,7 @@ def test_two_processes_hold_the_same_rows(tmp_path: Path, two_processes: Callabl
 
 def test_an_average_of_opposite_features_is_no_nan() -> None:
     bank = bank_of(0.5)
+    bank.write(torch.tensor([3]), bank.rows[:1])
     bank.write(torch.tensor([3]), -bank.rows[:1])
     assert bank.rows.isfinite().all()
     assert F.normalize(torch.zeros(1, 4)).isfinite().all()

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import warnings
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,6 +32,8 @@ LINKS = (
     *("normalization", "num_parts", "part_names", "part_classes"),  # of point clouds
     *("in_channels", "image_size", "image_mean", "image_std"),  # of images
 )
+# By what the best checkpoint is chosen, where neither the user nor the model says otherwise.
+_MONITOR = "val/loss"
 
 
 class _Parser(LightningArgumentParser):
@@ -115,7 +118,7 @@ class LitzooCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="Folder of the runs; default: the recipe's name, or the model's.")
         # Two, because save_last of the one that keeps the best is written only when a new best is.
-        best = {"monitor": "val/loss", "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
+        best = {"monitor": _MONITOR, "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
         last = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
         for group, kind, defaults in (("checkpoint", ModelCheckpoint, best), ("last", LastCheckpoint, last)):
             parser.add_lightning_class_args(kind, group)
@@ -149,6 +152,10 @@ class LitzooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
+        module, _, name = settings.model.class_path.rpartition(".")
+        monitor = getattr(getattr(import_module(module), name), "checkpoint_monitor", None)
+        if monitor is not None and settings.checkpoint.monitor == _MONITOR:  # a model without that loss says what to go by
+            settings.checkpoint.monitor, settings.checkpoint.mode = monitor, "min" if monitor.endswith("loss") else "max"
         init_args = settings.model.get("init_args") or {}
         self._given = {name: init_args.get(name) for name in LINKS if self._by_hand(name)}
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()

@@ -1,13 +1,14 @@
 """Losses of instance discrimination against a memory bank: every training image is a class of its own."""
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Scores = Literal["fp32", "bf16"]
+from .nearest_neighbours import Scores
+
 # Numbers worked on at a time: what is gone over several times stays in a CPU's cache; products need many rows to be fast.
 _CACHED, _PRODUCTS = 1 << 17, 1 << 23
 # With more rows for each row that is asked for, reading those rows one by one is faster than all products and a choice.

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 class MemoryBank(nn.Module):
     """One row v_i of length one for each sample of a data set, updated as v_i <- normalise(m v_i + (1 - m) f_i).
 
+    A row starts as a random direction, and the first feature of its sample replaces it (in the published code, half of the random
+    direction stays, and fades over the first epochs).
+
     The rows are no buffer: DDP would broadcast them over what the other processes wrote, weight averages would average
     them and exports would carry them. They are a plain tensor that follows the module to its device, in float32 (float64
     in a float64 module), and travel in a checkpoint as extra state. Every process holds the same rows: `stage` gathers
@@ -44,6 +47,7 @@ class MemoryBank(nn.Module):
         self.momentum = momentum
         self.rows = torch.empty(0, dimensions)
         self._samples = torch.empty(0, dtype=torch.int64)
+        self._written = torch.empty(0, dtype=torch.bool)
         # Of the data that the rows belong to; None if nobody said.
         self.fingerprint: str | None = None
         self._staged: tuple[Tensor, Tensor] | None = None
@@ -68,6 +72,7 @@ class MemoryBank(nn.Module):
         rows = F.normalize(torch.randn(len(samples), self.dimensions, generator=generator))
         self.rows = rows.to(self.rows)
         self._samples = samples.to(self.rows.device)
+        self._written = torch.zeros(len(samples), dtype=torch.bool, device=self.rows.device)
         self.fingerprint = fingerprint
 
     def fits(self, samples: Tensor, fingerprint: str | None) -> bool:
@@ -127,13 +132,14 @@ class MemoryBank(nn.Module):
         """
         if self._staged is None:
             return
-        momentum = self.momentum if momentum is None else momentum
         (rows, features), self._staged = self._staged, None
         ordered, order = rows.sort(stable=True)
         first = torch.ones_like(ordered, dtype=torch.bool)
         first[1:] = ordered[1:] != ordered[:-1]
         rows, features = ordered[first], features[order[first]]
-        self.rows[rows] = F.normalize(momentum * self.rows[rows] + (1 - momentum) * features)
+        kept = self._written[rows, None] * (self.momentum if momentum is None else momentum)
+        self.rows[rows] = F.normalize(kept * self.rows[rows] + (1 - kept) * features)
+        self._written[rows] = True
 
     def write(self, samples: Tensor, features: Tensor, momentum: float | None = None) -> None:
         """`stage` and `commit` in one; every process must call it."""
@@ -142,14 +148,14 @@ class MemoryBank(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         self.commit()  # a checkpoint may be written between a step and its end
-        return {"rows": self.rows, "samples": self._samples, "fingerprint": self.fingerprint}
+        return {"rows": self.rows, "samples": self._samples, "written": self._written, "fingerprint": self.fingerprint}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         rows = state["rows"]
         if rows.shape[1] != self.dimensions:
             raise ValueError(f"the saved memory bank has {rows.shape[1]} dimensions, this one has {self.dimensions}")
         self.rows = rows.to(self.rows, copy=True)
-        self._samples = state["samples"].to(self.rows.device, copy=True)
+        self._samples, self._written = (state[name].to(self.rows.device, copy=True) for name in ("samples", "written"))
         self.fingerprint = state["fingerprint"]
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryBank":
@@ -157,7 +163,7 @@ class MemoryBank(nn.Module):
         moved = fn(self.rows)
         # An average of features in half precision would not move.
         self.rows = self.rows.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
-        self._samples = self._samples.to(self.rows.device)
+        self._samples, self._written = self._samples.to(self.rows.device), self._written.to(self.rows.device)
         return self
 
     def extra_repr(self) -> str:
