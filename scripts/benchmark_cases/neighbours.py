@@ -15,7 +15,7 @@ def clusters(queries: int, rows: int, classes: int = 10, dim: int = 128) -> tupl
     import torch.nn.functional as F
 
     generator = torch.Generator().manual_seed(0)
-    centre = 0.5 * torch.randn(classes, dim, generator=generator)
+    centre = 0.15 * torch.randn(classes, dim, generator=generator)
     label = torch.randint(classes, (queries + rows,), generator=generator)
     feature = F.normalize(centre[label] + torch.randn(queries + rows, dim, generator=generator), dim=1)
     return feature[:queries], feature[queries:], label[queries:]

@@ -25,7 +25,8 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
     A lower bound of the k-th largest product is the k-th largest of the maxima over groups of columns; only the few products that
     reach it are sorted. With "bf16" the products are computed in bfloat16 and the bound is lowered by the rounding error that they
     can have at most; what reaches it is computed again in float32. So "bf16" finds the same neighbours, and is the faster one where
-    the processor multiplies bfloat16 faster. Where too many products lie within the rounding error, float32 is used instead.
+    the processor multiplies bfloat16 faster. Where too many products lie within the rounding error, as in
+    classes that are almost points, float32 is used instead.
 
     Args:
         query: `(Q, D)` float; computed in float32 whatever it is, also under autocast. There is no gradient.
@@ -55,7 +56,7 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
     width = min(_CHUNK, len(bank))
     height = min(max(1, _BLOCK // max(width, 4 * k)), len(query))
     # One buffer for all blocks, because fresh memory of this size is dear.
-    buffer = torch.empty(height * width, dtype=torch.float32 if scores == "fp32" else torch.bfloat16, device=query.device)
+    buffer = query.new_empty(height * width)
     with torch.autocast(query.device.type, enabled=False):
         for start in range(0, len(bank), width):
             rows = bank[start : start + width].float()
@@ -77,7 +78,7 @@ class _Plain:
     Args:
         bank: `(N, D)` float32.
         k: neighbours to find.
-        buffer: room for the scores.
+        buffer: room for the scores of all queries of a call, float32.
     """
 
     def __init__(self, bank: Tensor, k: int, buffer: Tensor) -> None:
@@ -98,13 +99,16 @@ class _Rounded:
     """The search in one chunk of the bank, by products in bfloat16 that find the candidates; arguments as for `_Plain`."""
 
     def __init__(self, bank: Tensor, k: int, buffer: Tensor) -> None:
-        self.bank, self.k, self.buffer = bank, k, buffer
+        self.bank, self.k, self.buffer = bank, k, buffer.view(torch.bfloat16)
+        self.plain, self.in_vain = _Plain(bank, k, buffer), False
         self.rounded = bank.bfloat16()
         self.norm = bank.norm(dim=1).amax()
         self.error = (bank - self.rounded.float()).norm(dim=1).amax()
 
     def __call__(self, query: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """As that of `_Plain`."""
+        if self.in_vain:
+            return self.plain(query, least)
         rounded = query.bfloat16()
         scores = _room(self.buffer, query, self.bank)
         # Positive bfloat16 numbers are in the order of their bits, and integers of 16 bits are compared much faster on a CPU.
@@ -117,8 +121,8 @@ class _Rounded:
         column = place % len(self.bank)
         found = _ragged(_products_at(query, self.bank, column, count), column, count, self.k)
         if crowded is not None:
-            plain = _Plain(self.bank, self.k, self.bank.new_empty(int(crowded.sum()) * len(self.bank)))
-            found[0][crowded], found[1][crowded] = plain(query[crowded], least[crowded])
+            found[0][crowded], found[1][crowded] = self.plain(query[crowded], least[crowded])
+            self.in_vain = bool(crowded.float().mean() > 0.5)  # the next queries will hardly do better
         return found
 
 
