@@ -103,7 +103,8 @@ class _Rounded:
         self.plain, self.in_vain = _Plain(bank, k, buffer), False
         self.rounded = bank.bfloat16()
         self.norm = bank.norm(dim=1).amax()
-        self.error = (bank - self.rounded.float()).norm(dim=1).amax()
+        # Besides the rounding of the rows, that of D sums in float32, here and where the products are computed again.
+        self.error = (bank - self.rounded.float()).norm(dim=1).amax() + 2**-23 * bank.shape[1] * self.norm
 
     def __call__(self, query: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
         """As that of `_Plain`."""
@@ -114,7 +115,7 @@ class _Rounded:
         # Positive bfloat16 numbers are in the order of their bits, and integers of 16 bits are compared much faster on a CPU.
         bits = scores.view(torch.int16)
         bound = _kth_maximum(rounded, self.rounded, scores, bits, self.k).view(torch.bfloat16).float()
-        # |q.b - q'.b'| <= |q - q'| |b| + |q'| |b - b'|, and 1 % for the sums; the product itself is rounded by at most half a unit.
+        # |q.b - q'.b'| <= |q - q'| |b| + |q'| |b - b'|, and 1 % for the norms; a product itself is rounded by half a unit at most.
         error = 1.01 * ((query - rounded).norm(dim=1) * self.norm + rounded.norm(dim=1) * self.error)
         bound = torch.maximum(least - error, bound - 2**-8 * bound.abs() - 2 * error).bfloat16()
         place, count, crowded = _reaching(bits, bound.view(torch.int16), self.k, bound <= 0)
