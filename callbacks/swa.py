@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .averaged_weights import AveragedWeights
+from .features import kept_generators, to_device
 from .guards import refuse
 
 
@@ -165,24 +166,9 @@ class SWA(AveragedWeights):
             loader = trainer.train_dataloader if make is None else make()
             if make is None and trainer.num_training_batches != float("inf"):
                 limit = int(trainer.num_training_batches)  # limit_train_batches
-        with _kept_generators(loader):
+        with kept_generators(loader):
             for batch in islice(loader, limit):
-                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
-                yield trainer.strategy.batch_to_device(batch, pl_module.device)
-
-
-@contextlib.contextmanager
-def _kept_generators(loader: Any) -> Iterator[None]:
-    """Leave the random generators that a loader and its sampler hold as they are."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
-    held = [getattr(owner, "generator", None) for owner in owners]
-    generators = [generator for generator in held if isinstance(generator, torch.Generator)]
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
+                yield to_device(trainer, pl_module, batch)
 
 
 @contextlib.contextmanager

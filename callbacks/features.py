@@ -1,0 +1,465 @@
+"""What the callbacks that judge a representation share: features of batches, and of the whole training set."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DistributedSampler
+
+from ..zoo.batch import Batch, input_and_label
+from ..zoo.layers.modes import evaluating
+from .guards import refuse
+
+Features = Literal["encode", "forward"]
+
+# Keeps the samples of a batch apart from those of the next one.
+_BATCH = 1 << 32
+# Seconds after which a pass over the training set shows a progress bar.
+_PATIENCE = 5.0
+
+
+class FeatureBank(NamedTuple):
+    """Features of the training set, in the loader's order, the same on every process.
+
+    Attributes:
+        features: `(N, D)` float32 of unit length.
+        label: `(N,)` int64, -1 where it is unknown.
+        key: `(N,)` int64, ascending: by it `samples_at` finds the sample again.
+    """
+
+    features: Tensor
+    label: Tensor
+    key: Tensor
+
+
+# Features of a batch and of a training set
+
+
+def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    """A loader's batch as a step gets it: in the training's precision, on the device, after the hooks of module and data."""
+    batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, pl_module.device)
+
+
+def samples_of(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Inputs and labels `(B,)` of a batch. Views in a `Batch` are samples of their own; of a list of views, the first one is taken.
+
+    Raises:
+        ValueError: if it is no batch of inputs and labels.
+    """
+    with contextlib.suppress(TypeError):
+        inputs, label = input_and_label(batch)
+        if isinstance(inputs, (list, tuple)) and inputs:
+            inputs = inputs[0]
+        if isinstance(inputs, Tensor) and isinstance(label, Tensor) and label.dim() == 1 and not label.is_floating_point():
+            if isinstance(batch, Batch) and inputs.dim() == 5:
+                return inputs.flatten(0, 1), label.long().repeat_interleave(inputs.shape[1])
+            return inputs, label.long()
+    raise ValueError(
+        f"the batches of {type(pl_module).__name__} are no pairs of inputs and labels (batch,), but {type(batch).__name__}: "
+        "let the loader yield (x, y), or a litzoo Batch"
+    )
+
+
+def encode(trainer: Trainer, pl_module: LightningModule, features: Features, inputs: Tensor) -> Tensor:
+    """Features `(B, D)` in float32, in evaluation mode and without a trace in modes and random streams.
+
+    Raises:
+        ValueError: if the module gives something else.
+    """
+    with torch.no_grad(), evaluating(pl_module), isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+        with trainer.precision_plugin.forward_context():
+            found = getattr(pl_module, features)(inputs)
+    return _checked(pl_module, features, found, len(inputs))
+
+
+def _checked(pl_module: LightningModule, features: Features, found: Any, rows: int) -> Tensor:
+    if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != rows or not found.is_floating_point():
+        shape = f"{found.dtype} {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{type(pl_module).__name__}.{features} must give features ({rows}, D) in floats for {rows} inputs, got {shape}")
+    return found.detach().float()
+
+
+def directions(features: Tensor) -> Tensor:
+    """Features `(B, D)` at unit length; of what is not finite, or has no direction, zeros: a training that diverges must not end here."""
+    return F.normalize(features, dim=1).nan_to_num(0.0, 0.0, 0.0)
+
+
+class FeatureTap:
+    """Stands for a module's `encode` or `forward` during a step, and notes what it was first given and what it gave.
+
+    So the features that a step computes anyhow need not be computed again.
+
+    Args:
+        pl_module: whose method it stands for between `insert` and `remove`.
+        features: the name of that method.
+    """
+
+    def __init__(self, pl_module: LightningModule, features: Features) -> None:
+        self._pl_module = pl_module
+        self._features: Features = features
+        self._method: Any = None
+        self._own: Any = None
+        self.given: Tensor | None = None
+        self.found: Tensor | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = self._method(*args, **kwargs)
+        # A second pass, such as that of SAM, comes later.
+        if self.found is None and args and isinstance(args[0], Tensor) and isinstance(found, Tensor):
+            self.given, self.found = args[0].detach(), found.detach()
+        return found
+
+    def insert(self) -> None:
+        self.remove()
+        # An attribute of the object itself hides the method; torch.compile and some callbacks set one, too.
+        self._own = vars(self._pl_module).get(self._features)
+        self._method = getattr(self._pl_module, self._features)
+        vars(self._pl_module)[self._features] = self
+
+    def remove(self) -> None:
+        self.given = self.found = None
+        if self._method is None:
+            return
+        if self._own is None:
+            vars(self._pl_module).pop(self._features, None)
+        else:
+            vars(self._pl_module)[self._features] = self._own
+        self._method = self._own = None
+
+    def take(self, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """The noted features `(R, D)` in float32 and their labels `(R,)`, or None if they are not those of the batch's own inputs."""
+        given, found = self.given, self.found
+        if given is None or found is None:
+            return None
+        inputs, label = input_and_label(batch)
+        label = label.long()
+        if isinstance(inputs, (list, tuple)) and inputs:
+            inputs = inputs[0]
+        if not isinstance(inputs, Tensor):
+            return None
+        rows: Tensor | None = None
+        if _is_same(given, inputs):
+            rows = label
+        elif inputs.dim() == 5 and given.dim() == 4:  # views
+            if _is_same(given, inputs.flatten(0, 1)):
+                rows = label.repeat_interleave(inputs.shape[1])
+            elif torch.equal(given, inputs.transpose(0, 1).flatten(0, 1)):
+                rows = label.repeat(inputs.shape[1])
+            elif _is_same(given, inputs[:, 0]):
+                rows = label
+        return None if rows is None else (_checked(self._pl_module, self._features, found, len(rows)), rows)
+
+
+def _is_same(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same numbers at the same place; comparing the numbers would wait for the device."""
+    return (first.data_ptr(), first.shape, first.stride(), first.dtype) == (second.data_ptr(), second.shape, second.stride(), second.dtype)
+
+
+@contextlib.contextmanager
+def kept_generators(loader: Any) -> Iterator[list[torch.Generator]]:
+    """Leave the random generators that a loader and its sampler hold as they are; yields them."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    held = [getattr(owner, "generator", None) for owner in owners]
+    generators = [generator for generator in held if isinstance(generator, torch.Generator)]
+    states = [generator.get_state() for generator in generators]
+    try:
+        yield generators
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _distributed_sampler(loader: Any) -> DistributedSampler | None:
+    """The sampler that deals the loader's samples out to the processes, if there is one."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
+        if isinstance(sampler, DistributedSampler):
+            return sampler
+    return None
+
+
+def _samples(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Inputs, labels and keys of this process's share of a loader, the same in every pass; ascending keys are the loader's order.
+
+    A loader with a distributed sampler yields that share; of any other one, which is the same on every process, this process
+    takes every so many-th batch.
+    """
+    sampler, rank, world = _distributed_sampler(loader), trainer.global_rank, trainer.world_size
+    limit = 1 if getattr(trainer, "fast_dev_run", False) else None
+    rows = 0
+    with kept_generators(loader) as generators, isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+        # All processes and all passes see a shuffling loader's samples in the same order.
+        for generator in (torch.default_generator, *generators):
+            generator.manual_seed(0)
+        for number, batch in enumerate(_with_progress(trainer, islice(loader, limit), loader)):
+            if sampler is None and number % world != rank:
+                continue
+            inputs, label = samples_of(pl_module, to_device(trainer, pl_module, batch))
+            row = torch.arange(len(label), device=label.device)
+            key = number * _BATCH + row if sampler is None else (rows + row) * world + rank
+            rows += len(label)
+            # A plain distributed sampler repeats samples until all processes have as many.
+            length = len(sampler.dataset) if hasattr(sampler, "dataset") else None  # type: ignore[union-attr, arg-type]
+            own = slice(None) if length is None else slice(int((key < length).sum()))
+            yield inputs[own], label[own], key[own]
+
+
+def _with_progress(trainer: Trainer, batches: Iterable[Any], loader: Iterable[Any]) -> Iterable[Any]:
+    bar = trainer.progress_bar_callback
+    if bar is None or not getattr(bar, "is_enabled", True) or not trainer.is_global_zero:
+        return batches
+    from tqdm import tqdm
+
+    total = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    return tqdm(batches, "Training samples", total, leave=False, delay=_PATIENCE)
+
+
+def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Features, loader: Iterable[Any]) -> FeatureBank:
+    """Features of all of a loader's samples; every process must call it, encodes its share, and gets all of them.
+
+    The loader may have a `DistributedSampler` or none; without one it must be the same on every process.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    parts = [
+        (directions(encode(trainer, pl_module, features, inputs)), label, key)
+        for inputs, label, key in _samples(trainer, pl_module, loader)
+    ]
+    if parts:
+        found, label, key = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    else:
+        found, label, key = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    del parts
+    if trainer.world_size > 1:
+        found, label, key = (_gathered(trainer, pl_module, column) for column in (found, label, key))
+    if len(key) == 0:
+        raise ValueError("the loader of training samples is empty: give a reference_loader that can be gone through several times")
+    order = key.argsort()
+    return FeatureBank(found[order], label[order], key[order])
+
+
+def _gathered(trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
+    """The rows `(n,)` or `(n, D)` of all processes; one with none of them need not know D."""
+    rows = rows.to(pl_module.device)
+    sizes: Any = trainer.strategy.all_gather(torch.tensor([*rows.shape], device=rows.device))
+    shape = sizes.amax(0).tolist()
+    padded = rows.new_zeros(shape)
+    if len(rows):
+        padded[: len(rows)] = rows
+    gathered: Any = trainer.strategy.all_gather(padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes[:, 0].tolist(), strict=True)])
+
+
+def samples_at(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any], keys: Tensor) -> dict[int, Tensor]:
+    """The inputs of some samples of a `FeatureBank`, by their keys, on the CPU; every process must call it, and gets all of them."""
+    last = int(keys.max())
+    found: dict[int, Tensor] = {}
+    for inputs, _, key in _samples(trainer, pl_module, loader):
+        for row in torch.isin(key, keys.to(key.device)).nonzero().squeeze(1).tolist():
+            found[int(key[row])] = inputs[row].cpu()
+        if len(key) and int(key[-1]) >= last:
+            break
+    if trainer.world_size > 1:
+        everybody: list[Any] = [None] * trainer.world_size
+        torch.distributed.all_gather_object(everybody, found)
+        found = {key: value for part in everybody for key, value in part.items()}
+    return found
+
+
+# What several callbacks look at in the same evaluation is encoded once
+
+
+class _Memo:
+    """What was encoded in the evaluation that runs."""
+
+    def __init__(self) -> None:
+        self.batch: Any = None
+        self.features: dict[Features, tuple[Tensor, Tensor]] = {}
+        self.banks: dict[tuple[Features, int | None], FeatureBank] = {}
+
+
+_MEMOS: WeakKeyDictionary[Trainer, _Memo] = WeakKeyDictionary()
+
+
+def batch_features(trainer: Trainer, pl_module: LightningModule, features: Features, batch: Any) -> tuple[Tensor, Tensor]:
+    """Features `(B, D)` and labels `(B,)` of an evaluation batch."""
+    memo = _MEMOS.setdefault(trainer, _Memo())
+    if memo.batch is not batch:
+        memo.batch, memo.features = batch, {}
+    if features not in memo.features:
+        inputs, label = samples_of(pl_module, batch)
+        memo.features[features] = encode(trainer, pl_module, features, inputs), label
+    return memo.features[features]
+
+
+def training_features(
+    trainer: Trainer, pl_module: LightningModule, features: Features, reference_loader: Iterable[Any] | None
+) -> FeatureBank:
+    """Features of the training set in an evaluation; every process must call it."""
+    banks = _MEMOS.setdefault(trainer, _Memo()).banks
+    place = (features, None if reference_loader is None else id(reference_loader))
+    if place not in banks:
+        banks[place] = encode_loader(trainer, pl_module, features, loader_of(trainer, pl_module, reference_loader))
+    return banks[place]
+
+
+# Where the training samples come from
+
+
+def _loader_maker(trainer: Trainer, pl_module: LightningModule) -> Any:
+    datamodule = getattr(trainer, "datamodule", None)
+    return getattr(datamodule, "eval_train_dataloader", None) or getattr(pl_module, "eval_train_dataloader", None)
+
+
+def loader_of(trainer: Trainer, pl_module: LightningModule, reference_loader: Iterable[Any] | None) -> Iterable[Any]:
+    """The loader that was given, else a new one of the data's training samples in evaluation."""
+    return _loader_maker(trainer, pl_module)() if reference_loader is None else reference_loader
+
+
+def check_reference_loader(reference_loader: Iterable[Any] | None) -> None:
+    """Refuse what gives its samples only once.
+
+    Raises:
+        TypeError: if it is an iterator.
+    """
+    if isinstance(reference_loader, Iterator):
+        raise TypeError("reference_loader can be gone through once only: give a DataLoader or a list")
+
+
+def refuse_without_training_samples(
+    callback: Callback, trainer: Trainer, pl_module: LightningModule, reference_loader: Iterable[Any] | None
+) -> None:
+    """Refuse to start without training samples to compare with."""
+    if reference_loader is None and _loader_maker(trainer, pl_module) is None:
+        raise refuse(
+            callback,
+            "has no training samples to compare with",
+            "give it a reference_loader, or the trainer a DataModule with eval_train_dataloader()",
+        )
+
+
+def refuse_training_loader(callback: Callback, trainer: Trainer, reference_loader: Iterable[Any] | None) -> None:
+    """Refuse the loader that the training itself goes through: a pass in its middle would disturb it."""
+    loaders = trainer.train_dataloader
+    loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders if isinstance(loaders, (list, tuple)) else [loaders]
+    if reference_loader is not None and any(loader is reference_loader for loader in loaders):
+        raise refuse(callback, "must not go through the training's own loader", "give a second loader as reference_loader, unshuffled")
+
+
+def known_classes(trainer: Trainer, pl_module: LightningModule, given: int | None) -> int | None:
+    """The number of classes: the given one, else the model's or the data's, else None."""
+    owners = (getattr(pl_module, "hparams", None) or {}).get("num_classes"), getattr(pl_module, "num_classes", None)
+    for number in (given, *owners, getattr(getattr(trainer, "datamodule", None), "num_classes", None)):
+        if isinstance(number, int):
+            return number
+    return None
+
+
+class FeatureObserver(Callback):
+    """Base of callbacks that look at validation and test samples; of several evaluation loaders, the first one counts.
+
+    A subclass says what to do in `begin`, `see` and `conclude`. The sanity check is left out.
+
+    Args:
+        features: the module's method that gives the features `(B, D)` of inputs: "encode" or "forward".
+        every_n_epochs: of a training, look at the first epoch, every n-th and the last one.
+    """
+
+    def __init__(self, features: Features, every_n_epochs: int) -> None:
+        if features not in ("encode", "forward"):
+            raise ValueError(f"features must be 'encode' or 'forward', got {features!r}")
+        if every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
+        self.features: Features = features
+        self.every_n_epochs = every_n_epochs
+
+    def begin(self) -> None:
+        """An evaluation starts."""
+
+    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """A batch was evaluated."""
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        """The evaluation is over; every process calls it."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "predict":
+            return
+        method = getattr(pl_module, self.features, None)
+        # By name, because `pytorch_lightning` has a class of its own; both inherit a forward that only raises.
+        if not callable(method) or getattr(method, "__qualname__", "") in ("LightningModule.forward", "_forward_unimplemented"):
+            other = "forward" if self.features == "encode" else "encode"
+            raise refuse(
+                self,
+                f"needs the features of {type(pl_module).__name__}, which has no {self.features}",
+                f"define {self.features}(self, x) -> (batch, dimensions), or set features={other!r}",
+            )
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if trainer.sanity_checking:
+            return False
+        epoch = trainer.current_epoch
+        return trainer.state.fn != "fit" or epoch == 0 or (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin()
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.begin()
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx == 0 and self._is_due(trainer):
+            self.see(trainer, pl_module, batch)
+
+    def on_test_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if dataloader_idx == 0:
+            self.see(trainer, pl_module, batch)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_due(trainer):
+            self.conclude(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.conclude(trainer, pl_module, "test")
+
+    def _forget(self, trainer: Trainer) -> None:
+        self.begin()
+        _MEMOS.pop(trainer, None)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget(trainer)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._forget(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._forget(trainer)
+
+
+def log_score(pl_module: LightningModule, name: str, value: float | Tensor, prog_bar: bool = True) -> None:
+    """Log a number that is the same on every process."""
+    value = torch.as_tensor(value, dtype=torch.float32, device=pl_module.device)
+    pl_module.log(name, value, prog_bar=prog_bar, sync_dist=True)
+
+
+def accuracy_over_processes(trainer: Trainer, pl_module: LightningModule, right: Tensor | int, samples: Tensor | int) -> float | None:
+    """The share of right samples over all processes, None without samples; every process must call it."""
+    counts = torch.stack([torch.as_tensor(count, device=pl_module.device).long() for count in (right, samples)])
+    total_right, total = trainer.strategy.reduce(counts, reduce_op="sum").tolist()
+    return total_right / total if total else None
