@@ -13,8 +13,12 @@ CALLBACKS = {
     "DiscriminativeLR": "discriminative_lr",
     "EMA": "ema",
     "FGM": "fgm",
+    "FeatureRank": "feature_rank",
     "Flooding": "flooding",
     "GradualUnfreeze": "gradual_unfreeze",
+    "KNNMonitor": "knn_monitor",
+    "LinearProbe": "linear_probe",
+    "NeighbourGallery": "neighbour_gallery",
     "PartPlot": "part_plot",
     "PerClassTable": "per_class_table",
     "SAM": "sam",
@@ -33,9 +37,13 @@ if TYPE_CHECKING:
     from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
     from .discriminative_lr import discriminative_param_groups as discriminative_param_groups
     from .ema import EMA as EMA
+    from .feature_rank import FeatureRank as FeatureRank
     from .fgm import FGM as FGM
     from .flooding import Flooding as Flooding
     from .gradual_unfreeze import GradualUnfreeze as GradualUnfreeze
+    from .knn_monitor import KNNMonitor as KNNMonitor
+    from .linear_probe import LinearProbe as LinearProbe
+    from .neighbour_gallery import NeighbourGallery as NeighbourGallery
     from .part_plot import PartPlot as PartPlot
     from .per_class_table import PerClassTable as PerClassTable
     from .sam import SAM as SAM

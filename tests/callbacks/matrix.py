@@ -74,7 +74,10 @@ class Steps:
         self.steps = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.norm(self.first(x)))
+        return self.last(self.encode(x))
+
+    def encode(self, x: Tensor) -> Tensor:
+        return self.norm(self.first(x))
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.steps += 1
@@ -322,6 +325,7 @@ class Row:
         make: the callback with settings that change the training.
         trick: the same by hand.
         neutral: the callback with settings that change nothing; None if it never changes anything.
+        logs: the keys that it logs in a `fit`, besides those of the module.
         refuses: condition -> pattern of the reason it gives.
         reason: condition -> the same reason in a few words, for the README.
     """
@@ -329,6 +333,7 @@ class Row:
     make: Callable[[], Callback]
     trick: Callable[[], Trick] = _same
     neutral: Callable[[], Callback] | None = None
+    logs: frozenset[str] = frozenset()
     refuses: dict[str, str] = field(default_factory=dict)
     reason: dict[str, str] = field(default_factory=dict)
 
@@ -345,7 +350,7 @@ CONDITIONS = {
     "optimizers": "several optimisers",
     "namespace": "`pytorch_lightning` trainer",
     "compile": "`torch.compile`",
-    "neutral": "neutral settings change no bit; no extra log keys",
+    "neutral": "neutral settings change no bit; no log keys but those it is there for",
 }
 _MANUAL = {"manual": "manually optimised", "optimizers": "manually optimised"}
 _MANUAL_REASON = dict.fromkeys(("manual", "optimizers"), "which loss is meant is unknown")
@@ -372,12 +377,16 @@ ROWS: dict[str, Row] = {
         refuses=_MANUAL,
         reason=_MANUAL_REASON,
     ),
+    "FeatureRank": Row(lambda: callbacks.FeatureRank(warn_below=0), logs=frozenset({"val/feature_rank"})),
     "Flooding": Row(
         lambda: callbacks.Flooding(LEVEL), FloodingTrick, lambda: callbacks.Flooding(0.0), refuses=_MANUAL, reason=_MANUAL_REASON
     ),
     "GradualUnfreeze": Row(
         lambda: callbacks.GradualUnfreeze(1, ["first", "norm|last"]), UnfreezeTrick, lambda: callbacks.GradualUnfreeze(1, ["."])
     ),
+    "KNNMonitor": Row(lambda: callbacks.KNNMonitor(k=5, reference_loader=batches(3)), logs=frozenset({"val/knn_k5_t0.1_encode"})),
+    "LinearProbe": Row(lambda: callbacks.LinearProbe(CLASSES), logs=frozenset({"train/probe_loss", "val/probe_accuracy"})),
+    "NeighbourGallery": Row(lambda: callbacks.NeighbourGallery(1, 1, every_n_epochs=99, reference_loader=batches(3))),
     "PerClassTable": Row(lambda: callbacks.PerClassTable()),
     "SAM": Row(
         lambda: callbacks.SAM(0.5),

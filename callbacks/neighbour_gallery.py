@@ -1,0 +1,178 @@
+"""Draws what a representation takes for similar."""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from ..zoo.functional.nearest_neighbours import nearest_neighbours
+from .features import (
+    FeatureBank,
+    FeatureObserver,
+    Features,
+    check_reference_loader,
+    directions,
+    encode,
+    known_classes,
+    loader_of,
+    refuse_training_loader,
+    refuse_without_training_samples,
+    samples_at,
+    samples_of,
+    training_features,
+)
+from .predictions import class_names_of, output_folder
+
+
+class NeighbourGallery(FeatureObserver):
+    """Writes a picture of validation samples and the training samples that lie nearest to them.
+
+    `neighbours/val.png` in the run's folder shows the latest validation that was drawn, `neighbours/test.png` the test. Each row is a
+    sample of that split, always the same ones, spread evenly over it, and the training samples with the largest cosine similarity
+    of features; the frame says whether they are of its class, the title how many of all are. Images are shown as they were before normalisation,
+    by the data's or the model's `image_mean` and `image_std`, else from their darkest to their brightest value; clouds `(N, 3)` and
+    vectors `(D,)` as such.
+
+    Features are taken in evaluation mode and without augmentation, those of the training set anew for every picture. Under several processes,
+    the queries are those of the first one, the neighbours those among all training samples. With several evaluation loaders, the
+    first one counts; the sanity check draws nothing. It has no state, and leaves training and random streams alone.
+
+    Cost: a pass over the training set without gradients, shared with `KNNMonitor`, another one that only reads it, to find the
+    neighbours' inputs, and about 0.5 s for 8 queries. Composes with every callback; under `EMA` and `SWA` it shows the average.
+
+    Args:
+        queries: rows of the picture.
+        neighbours: columns.
+        every_n_epochs: of a training, draw the first epoch, every n-th and the last one.
+        features: what is compared: "encode" for `pl_module.encode(x)`, or "forward".
+        reference_loader: batches `(x, y)` of training samples, the same on every process or with a distributed sampler; by
+            default those of the data module's `eval_train_dataloader`.
+        class_names: names of the classes; by default the model's `class_names`, else the data's, else numbers.
+
+    Raises:
+        ValueError: if a setting is out of range, or the inputs are neither images nor clouds nor vectors.
+        TypeError: if `reference_loader` can be gone through only once.
+        MisconfigurationException: at the start, if the module has no such method, or there are no training samples.
+
+    Example:
+        >>> trainer = Trainer(callbacks=[NeighbourGallery(queries=6)])
+    """
+
+    def __init__(
+        self,
+        queries: int = 8,
+        neighbours: int = 8,
+        every_n_epochs: int = 10,
+        features: Features = "encode",
+        reference_loader: Iterable[Any] | None = None,
+        class_names: list[str] | None = None,
+    ) -> None:
+        super().__init__(features, every_n_epochs)
+        if queries < 1 or neighbours < 1:
+            raise ValueError(f"queries and neighbours must be at least 1, got {queries} and {neighbours}")
+        check_reference_loader(reference_loader)
+        self.queries = queries
+        self.neighbours = neighbours
+        self.reference_loader = reference_loader
+        self.class_names = class_names
+        self.begin()
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage != "predict":
+            refuse_without_training_samples(self, trainer, pl_module, self.reference_loader)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_training_loader(self, trainer, self.reference_loader)
+
+    def begin(self) -> None:
+        self._seen = 0
+        # Every so many-th sample is kept: its input and label.
+        self._stride = 1
+        self._kept: list[tuple[Tensor, int]] = []
+
+    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if not trainer.is_global_zero:
+            return
+        inputs, label = samples_of(pl_module, batch)
+        for row, known in enumerate(label.tolist()):
+            if (self._seen + row) % self._stride == 0:
+                self._kept.append((inputs[row].detach().cpu(), known))
+                if len(self._kept) == 2 * self.queries:  # how many there will be is unknown
+                    self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._seen += len(label)
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        folder = output_folder(trainer) / "neighbours"
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        bank = training_features(trainer, pl_module, self.features, self.reference_loader)
+        places = np.linspace(0, len(self._kept) - 1, min(self.queries, len(self._kept))).round().astype(int)
+        queries = [self._kept[place] for place in places]
+        # Only the first process has queries, but every one has to look for the neighbours.
+        similarity, nearest = trainer.strategy.broadcast(self._nearest(trainer, pl_module, [query for query, _ in queries], bank))
+        if len(nearest) == 0:
+            return
+        keys, labels = bank.key.cpu()[nearest], bank.label.cpu()[nearest].clamp(min=-1)
+        found = samples_at(trainer, pl_module, loader_of(trainer, pl_module, self.reference_loader), keys.flatten().unique())
+        if not trainer.is_global_zero:
+            return
+        from ..zoo.plots.figures import save_figure
+        from ..zoo.plots.neighbours import Neighbour, plot_neighbours
+
+        own = torch.tensor([label for _, label in queries]).clamp(min=-1)
+        least = 1 + max(int(bank.label.max()), int(own.max()))
+        classes = len(self.class_names) if self.class_names is not None else known_classes(trainer, pl_module, None)
+        names = class_names_of(trainer, pl_module, self.class_names, max(least, classes or 0))
+        # The name at -1 is that of samples without a label.
+        names.append("no label")
+        known = (own[:, None] >= 0) & (labels >= 0)
+        same = known & (own[:, None] == labels)
+        rows = [
+            [
+                Neighbour(self._picture(trainer, pl_module, found[key]), names[label], value, right if sure else None)
+                for key, label, value, right, sure in zip(*(column.tolist() for column in columns), strict=True)
+            ]
+            for columns in zip(keys, labels, similarity, same, known, strict=True)
+        ]
+        title = f"{stage}: {int(same.sum())} of {int(known.sum())} neighbours are of the query's class"
+        figure = plot_neighbours(
+            [self._picture(trainer, pl_module, query) for query, _ in queries],
+            [names[label] for label in own.tolist()],
+            rows,
+            f"epoch {trainer.current_epoch}, {title}" if trainer.state.fn == "fit" else title,
+        )
+        save_figure(figure, folder / f"{stage}.png")
+
+    def _nearest(self, trainer: Trainer, pl_module: LightningModule, queries: list[Tensor], bank: FeatureBank) -> tuple[Tensor, Tensor]:
+        """Cosine similarities and positions in the bank of each query's neighbours, `(queries, neighbours)`, on the CPU."""
+        if not queries:
+            return torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.long)
+        # One by one, because clouds may differ in their number of points.
+        features = [encode(trainer, pl_module, self.features, query[None].to(pl_module.device)) for query in queries]
+        count = min(self.neighbours, len(bank.features))
+        similarity, nearest = nearest_neighbours(directions(torch.cat(features)), bank.features, count)
+        return similarity.cpu(), nearest.cpu()
+
+    def _picture(self, trainer: Trainer, pl_module: LightningModule, sample: Tensor) -> np.ndarray:
+        """A sample as `plot_neighbours` takes it."""
+        sample = sample.float()
+        if sample.dim() == 1 or (sample.dim() == 2 and sample.shape[1] in (3, 6)):  # points may have normals
+            return sample[..., :3].numpy() if sample.dim() == 2 else sample.numpy()
+        image = sample[None] if sample.dim() == 2 else sample
+        if image.dim() != 3:
+            raise ValueError(
+                f"NeighbourGallery draws images (C, H, W), clouds (N, 3) and vectors (D,), but the inputs have shape {tuple(sample.shape)}"
+            )
+        for owner in (getattr(trainer, "datamodule", None), pl_module):
+            mean, std = getattr(owner, "image_mean", None), getattr(owner, "image_std", None)
+            if mean is not None and std is not None and len(mean) == len(std) == len(image):
+                image = image * torch.as_tensor(std).view(-1, 1, 1) + torch.as_tensor(mean).view(-1, 1, 1)
+                break
+        else:
+            image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
+        image = image.clamp(0, 1)
+        return (image if len(image) in (1, 3) else image.mean(0, keepdim=True)).permute(1, 2, 0).numpy()
