@@ -59,6 +59,9 @@ class InstanceDiscrimination(LightningModule):
         bank_momentum: m of the bank, see above.
         bf16_scores: multiply with the bank in bfloat16.
         knn: k of the validation by nearest rows.
+        bank_start: "features" starts the bank from clean features of the untrained encoder, by one pass over the training images, so that the
+            first epoch already has a target and Z is that of features; "random" from random directions, as the published code does,
+            and where the trainer has no DataModule with `eval_train_dataloader`.
         rebuild_bank: where a checkpoint's bank belongs to other data, fill it anew by one pass over the training images instead of
             refusing.
         in_channels: channels of the images.
@@ -99,6 +102,7 @@ class InstanceDiscrimination(LightningModule):
         bank_momentum: float = 0.5,
         bf16_scores: bool = False,
         knn: int = 200,
+        bank_start: Literal["features", "random"] = "features",
         rebuild_bank: bool = False,
         in_channels: int = 3,
         image_size: int | None = 32,
@@ -109,7 +113,7 @@ class InstanceDiscrimination(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_train, temperature, objective, negatives, noise, partition_momentum, proximal_weight, knn)
+        _check_settings(num_train, temperature, objective, negatives, noise, partition_momentum, proximal_weight, knn, bank_start)
         self.image_input = ImageInput(in_channels, image_size, image_mean, image_std)
         description = self.image_input.resolve(backbone)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "pretrained", "rebuild_bank"])
@@ -127,6 +131,7 @@ class InstanceDiscrimination(LightningModule):
         self.proximal_weight = proximal_weight
         self.scores: Scores = "bf16" if bf16_scores else "fp32"
         self.knn = knn
+        self.bank_start = bank_start
         self.rebuild_bank = rebuild_bank
 
         self.backbone = self.image_input.create(description, pretrained)
@@ -176,21 +181,19 @@ class InstanceDiscrimination(LightningModule):
             raise ValueError(
                 f"the model was made for {self.num_train} training images, the data have {len(samples)}: set num_train to that"
             )
-        if len(self.bank) == 0:
+        stranger = len(self.bank) > 0 and not self.bank.fits(samples, fingerprint)
+        if stranger and not self.rebuild_bank:
+            raise ValueError(
+                f"the memory bank of the checkpoint, {len(self.bank)} rows, belongs to other training images than the {len(samples)} "
+                "at hand: resume with the data of that run, or set rebuild_bank to true to fill it from these"
+            )
+        if stranger or len(self.bank) == 0:
             self.bank.start(samples, fingerprint, _seed())
-        elif not self.bank.fits(samples, fingerprint):
-            if not self.rebuild_bank:
-                raise ValueError(
-                    f"the memory bank of the checkpoint, {len(self.bank)} rows, belongs to other training images than the {len(samples)} "
-                    "at hand: resume with the data of that run, or set rebuild_bank to true to fill it from these"
-                )
-            self.bank.start(samples, fingerprint, _seed())
-            self._rebuild(data)
+            if hasattr(data, "eval_train_dataloader") and (stranger or self.bank_start == "features"):
+                self._fill(data)
 
-    def _rebuild(self, data: Any) -> None:
+    def _fill(self, data: Any) -> None:
         """Fill the bank with clean features, by one pass over the training images."""
-        if not hasattr(data, "eval_train_dataloader"):
-            raise ValueError("rebuild_bank needs a DataModule with eval_train_dataloader(), such as litzoo's")
         rank_zero_info(f"filling the memory bank with the features of {self.num_train} training images")
         with torch.no_grad(), evaluating(self), self.trainer.precision_plugin.forward_context():
             for batch in data.eval_train_dataloader():
@@ -332,6 +335,7 @@ def _check_settings(
     partition_momentum: float,
     proximal_weight: float,
     knn: int,
+    bank_start: str,
 ) -> None:
     if num_train < 2:
         raise ValueError(f"num_train must be at least 2, got {num_train}")
@@ -343,6 +347,8 @@ def _check_settings(
         raise ValueError(f"noise must be per_sample or shared, got {noise!r}")
     if negatives < 1 or knn < 1:
         raise ValueError(f"negatives and knn must be at least 1, got {negatives} and {knn}")
+    if bank_start not in ("features", "random"):
+        raise ValueError(f"bank_start must be features or random, got {bank_start!r}")
     if not 0 <= partition_momentum <= 1:
         raise ValueError(f"partition_momentum must lie in [0, 1], got {partition_momentum}")
     if proximal_weight < 0:

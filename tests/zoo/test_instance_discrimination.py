@@ -43,7 +43,7 @@ class Flat(nn.Module):
 
 def model_of(data: Any, flat: bool = True, **settings: Any) -> InstanceDiscrimination:
     torch.manual_seed(0)
-    settings = {"backbone": "conv4", "embedding_dim": 8, "temperature": 0.2, "negatives": 50, "knn": 10, **settings}
+    settings = {"backbone": "conv4", "embedding_dim": 8, "bank_start": "random", "temperature": 0.2, "negatives": 50, "knn": 10, **settings}
     model = InstanceDiscrimination(data.num_train, in_channels=1, image_size=8, lr_scheduler=None, **settings)
     if flat:
         model.backbone = Flat()
@@ -202,6 +202,18 @@ def test_other_data_are_refused_or_the_bank_is_rebuilt() -> None:
     assert rebuilt.bank.fits(other.train_index, other.fingerprint)
 
 
+def test_the_bank_starts_from_features_or_at_random() -> None:
+    data = data_of()
+    still: dict[str, Any] = {"flat": False, "optimizer": lambda params: torch.optim.SGD(params, lr=0.0)}
+    features, drawn = (model_of(data, bank_start=how, **still) for how in ("features", "random"))
+    for model in (features, drawn):
+        Trainer(max_epochs=1, limit_train_batches=0, limit_val_batches=0, **QUIET).fit(model, datamodule=data)
+    expected = torch.cat([features.eval()(data.transform(batch).input) for batch in data.eval_train_dataloader()])
+    torch.testing.assert_close(features.bank.rows, expected.detach())
+    assert float(drawn.bank.rows.mean(dim=0).norm()) < 0.2
+    assert float(features.bank.rows.mean(dim=0).norm()) > 0.5, "untrained features have a common direction"
+
+
 def test_another_number_of_images_is_told() -> None:
     data = data_of()
     with pytest.raises(ValueError, match=f"made for {data.num_train} training images, the data have"):
@@ -311,6 +323,7 @@ def test_unlabelled_data_need_no_labels() -> None:
         ({"objective": "infonce"}, "objective must be softmax or nce"),
         ({"noise": "none"}, "noise must be per_sample or shared"),
         ({"negatives": 0}, "negatives and knn must be at least 1"),
+        ({"bank_start": "zeros"}, "bank_start must be features or random"),
         ({"partition_momentum": 1.5}, "partition_momentum must lie in"),
         ({"proximal_weight": -1.0}, "proximal_weight must not be negative"),
         ({"bank_momentum": 1.0}, "the bank's momentum must lie in"),
