@@ -28,15 +28,22 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark_cases import Benchmark, Make, Run, callbacks, images, neighbours, points
+from benchmark_cases import Benchmark, Make, Run, callbacks, images, instances, neighbours, points
 
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "keep": KEEP}
-BENCHMARKS: dict[str, Benchmark] = {**callbacks.BENCHMARKS, **points.BENCHMARKS, **images.BENCHMARKS, **neighbours.BENCHMARKS}
+BENCHMARKS: dict[str, Benchmark] = {
+    **callbacks.BENCHMARKS,
+    **points.BENCHMARKS,
+    **images.BENCHMARKS,
+    **instances.BENCHMARKS,
+    **neighbours.BENCHMARKS,
+}
 
 Worker = Callable[[str, Sequence[str], int, int, str], dict[str, Any]]
 
@@ -143,12 +150,14 @@ def work(benchmark: Benchmark, names: Sequence[str], rounds: int, threads: int) 
         return {"seconds": interleave(runs, rounds, benchmark.calls, clock, benchmark.cold)}
 
 
-def start_worker(benchmark: str, names: Sequence[str], rounds: int, threads: int, allocator: str) -> dict[str, Any]:
+def start_worker(
+    benchmark: str, names: Sequence[str], rounds: int, threads: int, allocator: str, options: Sequence[str] = ()
+) -> dict[str, Any]:
     """`work` in a fresh process with that allocator setting: malloc reads it only when a process starts."""
     environment = {name: value for name, value in os.environ.items() if name not in KEEP and name != "GLIBC_TUNABLES"}
     environment |= ALLOCATORS[allocator] | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     task = json.dumps({"names": list(names), "rounds": rounds, "threads": threads})
-    command = [sys.executable, str(Path(__file__).resolve()), benchmark, "--worker", task]
+    command = [sys.executable, str(Path(__file__).resolve()), benchmark, *options, "--worker", task]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{benchmark} ({', '.join(names)}) ended with status {done.returncode}:\n{done.stderr.strip()}")
@@ -247,6 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("name", metavar="NAME", help=f"one of: {', '.join(BENCHMARKS)}")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds that count; the benchmark's own number by default")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    parser.add_argument("--instances", type=int, metavar="N", help="size of a benchmark that has one, such as the rows of a memory bank")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything that was measured to this file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -254,6 +264,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"benchmark: there is no {arguments.name!r}; there are: {', '.join(BENCHMARKS)}", file=sys.stderr)
         return 2
     benchmark, absent = available(BENCHMARKS[arguments.name])
+    options: list[str] = []
+    if arguments.instances is not None:
+        if benchmark.instances is None or arguments.instances < 1:
+            sized = ", ".join(name for name, known in BENCHMARKS.items() if known.instances is not None)
+            print(f"benchmark: --instances is a positive number for one of: {sized}", file=sys.stderr)
+            return 2
+        cases = {case: partial(make, instances=arguments.instances) for case, make in benchmark.cases.items()}
+        summary = f"{benchmark.summary}; {arguments.instances:,} instances"
+        benchmark, options = replace(benchmark, cases=cases, summary=summary), ["--instances", str(arguments.instances)]
     if arguments.worker is not None:
         print(json.dumps(work(benchmark, **json.loads(arguments.worker))))
         return 0
@@ -267,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
     if absent:
         print(f"left out, not installed: {'; '.join(absent)} (pip install {' '.join(absent.values())})")
     try:
-        result = measure(arguments.name, benchmark, rounds, arguments.threads)
+        result = measure(arguments.name, benchmark, rounds, arguments.threads, partial(start_worker, options=options) if options else None)
     except RuntimeError as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 1

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -154,6 +155,26 @@ def test_a_worker_is_a_fresh_process_with_the_allocator_setting(script: ModuleTy
     assert seen[1][1]["OMP_NUM_THREADS"] == "2"
 
 
+def test_instances_reach_the_cases_and_the_workers(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    def make(folder: Path, instances: int = 5) -> Any:
+        sizes.append(instances)
+        return lambda: None
+
+    sized = replace(_benchmark(script, instances=5), cases={"ours": make})
+    monkeypatch.setitem(script.BENCHMARKS, "tiny", sized)
+
+    def worker(name: str, names: Sequence[str], rounds: int, threads: int, allocator: str, options: Sequence[str] = ()) -> dict[str, Any]:
+        assert list(options) == ["--instances", "7"]
+        assert script.main([name, *options, "--worker", json.dumps({"names": names, "rounds": rounds, "threads": 1})]) == 0
+        return {"peak": 1} if rounds == 0 else {"seconds": {case: [1.0] for case in names}}
+
+    monkeypatch.setattr(script, "start_worker", worker)
+    assert script.main(["tiny", "--rounds", "1", "--instances", "7"]) == 0
+    assert set(sizes) == {7}
+
+
 def test_peak_memory_sees_what_a_case_holds(script: ModuleType, tmp_path: Path) -> None:
     held: list[bytearray] = []
 
@@ -164,7 +185,16 @@ def test_peak_memory_sees_what_a_case_holds(script: ModuleType, tmp_path: Path) 
     assert script.peak_memory(make, tmp_path) >= 48 << 20
 
 
-@pytest.mark.parametrize("arguments", [["pointnets"], ["points", "--rounds", "0"], ["points", "--json", "no/such/folder/x.json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pointnets"],
+        ["points", "--rounds", "0"],
+        ["points", "--instances", "5"],
+        ["bank", "--instances", "0"],
+        ["points", "--json", "no/such/folder/x.json"],
+    ],
+)
 def test_a_mistake_gives_one_line(script: ModuleType, arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert script.main(arguments) == 2
     said = capsys.readouterr().err

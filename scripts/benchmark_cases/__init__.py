@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 Run = Callable[[], object]
-Make = Callable[[Path], Run]
+Make = Callable[..., Run]
 
 
 @dataclass(frozen=True)
@@ -14,7 +13,7 @@ class Benchmark:
 
     Attributes:
         summary: one line for `--help` and the table.
-        cases: name -> function that takes an empty folder and prepares the case; what it returns is timed. Litzoo comes first.
+        cases: name -> function that takes an empty folder (a Path) and prepares the case; what it returns is timed. Litzoo comes first.
         items: what one call works through, such as clouds, for the rate in the table.
         unit: name of an item.
         rounds: rounds, unless given on the command line.
@@ -22,6 +21,7 @@ class Benchmark:
         allocators: settings to measure under.
         apart: measure each case in processes of its own, taken in turns, because a case changes its process for good.
         cold: count the first call as well; with `apart` and one call, all that counts is the first call of a process.
+        instances: what `--instances` changes: a size that all cases take as an argument of that name; None if they have none.
         packages: case -> the package it needs that litzoo does not depend on; where that is not installed, the case is left out.
     """
 
@@ -34,4 +34,5 @@ class Benchmark:
     allocators: tuple[str, ...] = ("default", "keep")
     apart: bool = False
     cold: bool = False
+    instances: int | None = None
     packages: dict[str, str] = field(default_factory=dict)
