@@ -109,11 +109,14 @@ def reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-def peak_memory(make: Make, folder: Path) -> int:
-    """Bytes by which preparing a case and running it twice raises the memory of this process at its peak."""
+def peak_memory(make: Make, folder: Path, prepared: bool = False) -> int:
+    """Bytes by which preparing a case (unless that is not to count) and running it twice raises the memory of this process at its peak."""
     reset_peak()
     before = resident("VmRSS")
     run = make(folder)
+    if prepared:
+        reset_peak()
+        before = resident("VmRSS")
     run()
     run()
     return max(resident("VmHWM") - before, 0)
@@ -144,7 +147,7 @@ def work(benchmark: Benchmark, names: Sequence[str], rounds: int, threads: int) 
             folder.mkdir()
         if rounds == 0:
             (name,) = names
-            return {"peak": peak_memory(benchmark.cases[name], folders[name])}
+            return {"peak": peak_memory(benchmark.cases[name], folders[name], benchmark.prepared)}
         runs = {name: benchmark.cases[name](folders[name]) for name in names}
         clock = time.process_time if threads == 1 else time.perf_counter
         return {"seconds": interleave(runs, rounds, benchmark.calls, clock, benchmark.cold)}

@@ -183,6 +183,7 @@ def test_peak_memory_sees_what_a_case_holds(script: ModuleType, tmp_path: Path) 
         return lambda: None
 
     assert script.peak_memory(make, tmp_path) >= 48 << 20
+    assert script.peak_memory(make, tmp_path, prepared=True) < 48 << 20
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from .batch import Batch
-from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss
+from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 from .functional.nearest_neighbours import Scores, knn_predict
 from .functional.random import fold_in, integers
 from .image_input import ImageInput
@@ -229,7 +229,7 @@ class InstanceDiscrimination(LightningModule):
         rows = self._draw(row, key, batch_idx)
         negative = bank_similarities(features, self.bank.rows, rows, self.scores)
         if not self.positives_in_noise and rows.dim() == 1:
-            negative = negative.masked_fill(rows == row[:, None], -torch.inf)
+            negative = without_own(negative, rows, row)
         self._update_partition(negative)
         positive = (features * self.bank.rows[row]).sum(dim=1)
         return nce_loss(positive, negative, self.temperature, self.log_partition)

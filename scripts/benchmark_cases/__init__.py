@@ -22,6 +22,7 @@ class Benchmark:
         apart: measure each case in processes of its own, taken in turns, because a case changes its process for good.
         cold: count the first call as well; with `apart` and one call, all that counts is the first call of a process.
         instances: what `--instances` changes: a size that all cases take as an argument of that name; None if they have none.
+        prepared: do not count what a case prepares as its memory, such as a bank that all cases hold.
         packages: case -> the package it needs that litzoo does not depend on; where that is not installed, the case is left out.
     """
 
@@ -35,4 +36,5 @@ class Benchmark:
     apart: bool = False
     cold: bool = False
     instances: int | None = None
+    prepared: bool = False
     packages: dict[str, str] = field(default_factory=dict)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from litzoo.zoo.functional import instance_discrimination as losses
-from litzoo.zoo.functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss
+from litzoo.zoo.functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 
 
 def problem(batch: int = 6, rows: int = 40, dim: int = 5, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
@@ -171,6 +171,16 @@ def test_noise_that_is_left_out_counts_nothing() -> None:
     loss = nce_loss(torch.tensor([0.5], dtype=torch.float64), negative, 0.1, 1.0)
     bias = math.log(3) + 1.0
     assert float(loss) == pytest.approx(sum(math.log1p(math.exp(value)) for value in (bias - 5, 2 - bias, 1 - bias)))
+
+
+def test_own_rows_are_left_out_of_shared_noise() -> None:
+    negative = torch.randn(4, 6, requires_grad=True)
+    noise, row = torch.tensor([5, 9, 5, 2, 7, 0]), torch.tensor([5, 3, 0, 5])
+    found = without_own(negative, noise, row)
+    own = noise == row[:, None]
+    assert torch.equal(found, negative.masked_fill(own, -math.inf))
+    assert torch.equal(torch.autograd.grad(found[~own].sum(), negative)[0], (~own).float())
+    assert torch.equal(without_own(negative, noise, row + 20), negative)
 
 
 def test_shared_noise_has_the_same_expected_loss() -> None:

@@ -53,12 +53,12 @@ class _InstanceSoftmax(torch.autograd.Function):
     def forward(ctx: Any, features: Tensor, bank: Tensor, index: Tensor, temperature: float, scores: Scores) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
             scaled = features / temperature
-            own = bank[index]
+            own = bank.index_select(0, index)
             maximum = features.new_full((len(features), 1), -math.inf)
             total = torch.zeros_like(maximum)
             mean = torch.zeros_like(features) if ctx.needs_input_grad[0] else None
             left = scaled.bfloat16() if scores == "bf16" else scaled
-            for rows in bank.split(_block(_CACHED if features.device.type == "cpu" else _PRODUCTS, len(features))):
+            for rows in bank.split(max(1, (_CACHED if features.device.type == "cpu" else _PRODUCTS) // max(1, len(features)))):
                 rows = rows.bfloat16() if scores == "bf16" else rows
                 logits = (left @ rows.T).to(bank.dtype)
                 highest = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
@@ -107,7 +107,7 @@ def bank_similarities(features: Tensor, bank: Tensor, rows: Tensor, scores: Scor
     _check(features, bank)
     features = features.to(bank.dtype)
     if rows.dim() == 1:
-        chosen = bank[rows]
+        chosen = bank.index_select(0, rows)
         with torch.autocast(features.device.type, enabled=False):
             return (features.bfloat16() @ chosen.bfloat16().T).to(bank.dtype) if scores == "bf16" else features @ chosen.T
     if rows.dim() != 2 or len(rows) != len(features):
@@ -124,14 +124,16 @@ class _ChosenSimilarities(torch.autograd.Function):
         chosen = features.new_empty(rows.shape)
         with torch.autocast(features.device.type, enabled=False):
             if _gathers(bank, rows):
-                block = _block(_PRODUCTS, rows.shape[1] * bank.shape[1])
+                block = _block(len(rows), rows.shape[1] * bank.shape[1])
                 for part, these, out in zip(features.split(block), rows.split(block), chosen.split(block), strict=True):
                     torch.bmm(bank[these], part[:, :, None], out=out[:, :, None])
                 return chosen
-            block = _block(_PRODUCTS, len(bank))
             right = bank.bfloat16() if scores == "bf16" else bank
+            block = _block(len(rows), len(bank))
+            # One piece of memory for all blocks: fresh memory of this size is dear.
+            buffer = right.new_empty(min(block, len(features)), len(bank))
             for part, these, out in zip(features.split(block), rows.split(block), chosen.split(block), strict=True):
-                out.copy_((part.to(right.dtype) @ right.T).gather(1, these))
+                out.copy_(torch.mm(part.to(right.dtype), right.T, out=buffer[: len(part)]).gather(1, these))
         return chosen
 
     @staticmethod
@@ -141,17 +143,39 @@ class _ChosenSimilarities(torch.autograd.Function):
         gradient = grad.new_empty(len(rows), bank.shape[1])
         with torch.autocast(grad.device.type, enabled=False):
             if _gathers(bank, rows):
-                block = _block(_PRODUCTS, rows.shape[1] * bank.shape[1])
+                block = _block(len(rows), rows.shape[1] * bank.shape[1])
                 for part, these, out in zip(grad.split(block), rows.split(block), gradient.split(block), strict=True):
                     torch.bmm(part[:, None, :], bank[these], out=out[:, None, :])
                 return gradient, None, None, None
-            block = _block(_PRODUCTS, len(bank))
             right = bank.bfloat16() if ctx.scores == "bf16" else bank
+            block = _block(len(rows), len(bank))
+            buffer = right.new_empty(min(block, len(rows)), len(bank))
             for part, these, out in zip(grad.split(block), rows.split(block), gradient.split(block), strict=True):
                 # A row may be drawn twice, so its weights add up.
-                weights = grad.new_zeros(len(part), len(bank)).scatter_add_(1, these, part)
-                out.copy_(weights.to(right.dtype) @ right)
+                weights = buffer[: len(part)].zero_().scatter_add_(1, these, part.to(right.dtype))
+                out.copy_(weights @ right)
         return gradient, None, None, None
+
+
+def without_own(negative: Tensor, noise: Tensor, row: Tensor) -> Tensor:
+    """Leave each sample's own row out of noise that all samples share: its inner product becomes -inf.
+
+    Args:
+        negative: `(B, m)`, inner products with the noise.
+        noise: `(m,)` int64, rows of the bank.
+        row: `(B,)` int64, each sample's own row.
+
+    Returns:
+        `(B, m)`.
+
+    Example:
+        >>> without_own(torch.zeros(2, 3), torch.tensor([5, 6, 7]), torch.tensor([7, 1]))
+        tensor([[0., 0., -inf],
+                [0., 0., 0.]])
+    """
+    some = torch.isin(noise, row).nonzero().squeeze(1)  # a few of thousands
+    sample, place = (noise[some] == row[:, None]).nonzero(as_tuple=True)
+    return negative.index_put((sample, some[place]), negative.new_tensor(-math.inf))
 
 
 def nce_loss(positive: Tensor, negative: Tensor, temperature: float, log_partition: Tensor | float) -> Tensor:
@@ -188,12 +212,11 @@ class _SoftplusSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: float, bias: Tensor | float) -> Tensor:
         logits = (x * scale).sub_(bias)
-        # softplus(y) = max(y, 0) + log(1 + e), e = exp(-|y|); the logarithm of the rounded u = 1 + e is corrected by e / (u - 1).
-        exponential = logits.abs().neg_().exp_()
-        above = 1 + exponential
-        rest = above - 1
-        logarithm = above.log_().mul_(exponential).div_(rest)
-        total = torch.where(rest == 0, exponential, logarithm).sum(dim=1).add_(logits.clamp(min=0).sum(dim=1))
+        # softplus(y) = max(y, 0) + log(1 + e), e = exp(-|y|). To log u of the rounded u = 1 + e belongs (e - (u - 1)) / u.
+        lost = logits.abs().neg_().exp_()
+        above = lost + 1
+        lost.sub_(above - 1).div_(above)
+        total = above.log_().add_(lost).add_(logits.clamp(min=0)).sum(dim=1)
         if ctx.needs_input_grad[0]:
             ctx.save_for_backward(logits.sigmoid_().mul_(scale))
         return total
@@ -236,9 +259,10 @@ def _check(features: Tensor, bank: Tensor, temperature: float = 1.0) -> None:
         raise ValueError(f"temperature must be positive, got {temperature}")
 
 
-def _block(numbers: int, width: int) -> int:
-    """How many rows of so many numbers each make a block."""
-    return max(1, numbers // width)
+def _block(rows: int, width: int) -> int:
+    """How many rows of so many numbers to work on at a time, all blocks about equal."""
+    blocks = max(1, math.ceil(rows * width / _PRODUCTS))
+    return max(1, math.ceil(rows / blocks))
 
 
 def _gathers(bank: Tensor, rows: Tensor) -> bool:
