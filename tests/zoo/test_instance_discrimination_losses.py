@@ -112,6 +112,7 @@ def test_chosen_similarities_against_a_gather(ratio: int, block: int, monkeypatc
     """By products and by gathering, whole and in blocks; a row that is drawn twice counts twice."""
     monkeypatch.setattr(losses, "_ROWS_PER_CHOICE", ratio)
     monkeypatch.setattr(losses, "_PRODUCTS", block)
+    monkeypatch.setattr(losses, "_GATHERED", block)
     features, bank, _ = problem()
     rows = torch.randint(40, (6, 9))
     rows[:, 1] = rows[:, 0]
