@@ -9,7 +9,8 @@ that were scored before in the same folder are not trained again, so an interrup
     python scripts/repeated_splits.py pointnet_furniture --alternative input="--model.input_transform true"
 
 trains alternatives of the recipe as well, and scores the choice between them: in each split, the one whose checkpoint has the
-lowest validation loss. So no test object of a split has a say in what is scored on it.
+lowest validation loss, or with `--chosen-by val/knn_bank` the highest of that. So no test object of a split has a say in what is
+scored on it.
 
 With `--same-split` the data keep their own split and only the seed of the training changes: 0, 1, ...
 """
@@ -24,11 +25,11 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-CHOSEN_BY = "val/loss"
 
-
-def run_split(name: str, recipe: str, seed: int, runs: Path, same_split: bool, options: list[str]) -> dict[str, float]:
-    """Train and score one split in processes of their own; returns the test metrics and the checkpoint's validation loss."""
+def run_split(
+    name: str, recipe: str, seed: int, runs: Path, same_split: bool, options: list[str], chosen_by: str = "val/loss"
+) -> dict[str, float]:
+    """Train and score one split in processes of their own; returns the test metrics, and of validation what the choice goes by."""
     result = runs / f"{name}_{'seed' if same_split else 'split'}_{seed}.json"
     if not result.is_file():
         shared = ["--config", recipe, "--trainer.default_root_dir", str(runs), "--name", result.stem]
@@ -40,7 +41,7 @@ def run_split(name: str, recipe: str, seed: int, runs: Path, same_split: bool, o
         trained = np.genfromtxt(tested.parent.parent / "metrics.csv", delimiter=",", names=True, deletechars="")
         header, values = (line.split(",") for line in tested.read_text().splitlines()[:2])
         metrics = {key: float(value) for key, value in zip(header, values, strict=True) if key.startswith("test/")}
-        metrics[CHOSEN_BY] = float(np.nanmin(trained[CHOSEN_BY]))
+        metrics[chosen_by] = float((np.nanmin if chosen_by.endswith("loss") else np.nanmax)(trained[chosen_by]))
         result.write_text(json.dumps(metrics))
     return json.loads(result.read_text())
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--same-split", action="store_true", help="keep the split of the data, change the seed only")
     parser.add_argument("--runs", type=Path, default=Path("runs/repeated_splits"))
     parser.add_argument("--alternative", action="append", default=[], metavar="NAME=OPTIONS", help="more options, under a name; repeatable")
+    parser.add_argument("--chosen-by", default="val/loss", metavar="METRIC", help="of validation: a loss is to be low, anything else high")
     own, behind = (sys.argv[1:], []) if "--" not in sys.argv else (sys.argv[1 : sys.argv.index("--")], sys.argv[sys.argv.index("--") + 1 :])
     arguments = parser.parse_args(own)
     arguments.runs.mkdir(parents=True, exist_ok=True)
@@ -76,13 +78,15 @@ def main() -> None:
     unit, first = ("seeds", 0) if arguments.same_split else ("splits", 1)
     for seed in range(first, first + arguments.splits):
         for name, options in candidates.items():
-            rows[name].append(run_split(name, arguments.recipe, seed, arguments.runs, arguments.same_split, [*behind, *options]))
+            options = [*behind, *options]
+            rows[name].append(run_split(name, arguments.recipe, seed, arguments.runs, arguments.same_split, options, arguments.chosen_by))
             values = ", ".join(f"{key} {value:.4f}" for key, value in rows[name][-1].items())
             print(f"{unit[:-1]} {seed}, {name}: {values}", flush=True)
     for name in candidates:
         report(name, rows[name], unit)
     if len(candidates) > 1:
-        best = [min(candidates, key=lambda name: rows[name][place][CHOSEN_BY]) for place in range(arguments.splits)]
+        pick = min if arguments.chosen_by.endswith("loss") else max
+        best = [pick(candidates, key=lambda name: rows[name][place][arguments.chosen_by]) for place in range(arguments.splits)]
         print(f"chosen on validation, {unit[:-1]} by {unit[:-1]}: " + ", ".join(best))
         report("the choice", [rows[name][place] for place, name in enumerate(best)], unit)
 
