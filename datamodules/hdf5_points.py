@@ -17,8 +17,8 @@ class HDF5PointsDataModule(PointsDataModule):
     """Point clouds of any HDF5 file with `points` and `label`.
 
     The file holds `points` `(M, N, 3)` float, `label` `(M,)` int, and optionally `split` `(M,)` (0 = train,
-    1 = validation, 2 = test), `class_names` `(C,)` text, `part` `(M, N)` int and `part_names`. It is read into memory.
-    Without `split`, a stratified one is drawn.
+    1 = validation, 2 = test), `class_names` `(C,)` text, `part` `(M, N)` int, `part_names`, and `count` `(M,)`, where clouds have fewer
+    points than N: those behind them are never seen. It is read into memory. Without `split`, a stratified one is drawn.
 
     Args:
         path: the file; `~` and environment variables are resolved.
@@ -83,23 +83,34 @@ class HDF5PointsDataModule(PointsDataModule):
             names = file.texts("class_names") if "class_names" in file else None
             part = file.whole_numbers("part") if "part" in file else None
             part_names = file.texts("part_names") if "part_names" in file else ()
-            self._check(points, label, split, part)
+            count = file.whole_numbers("count").long() if "count" in file else None
+            self._check(points, label, split, part, count)
             if part is not None and part_names and part.max() >= len(part_names):
                 raise DataError(f"{self.path}: parts run up to {part.max()}, but there are {len(part_names)} part names")
             file.check_labels(label, split, names)
         names = names if names is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
-        return Arrays(points, label, self.finish_split(label, split), names, part, part_names)
+        if count is not None:  # whatever stands behind a cloud's points, they come again there
+            cloud, place = torch.arange(len(points))[:, None], torch.arange(points.shape[1]) % count[:, None]
+            points, part = points[cloud, place], None if part is None else part[cloud, place]
+        return Arrays(points, label, self.finish_split(label, split), names, part, part_names, count=count)
 
-    def _check(self, points: Tensor, label: Tensor, split: Tensor | None, part: Tensor | None) -> None:
+    def _check(self, points: Tensor, label: Tensor, split: Tensor | None, part: Tensor | None, count: Tensor | None) -> None:
         if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
             raise DataError(f"{self.path}: points must be floats of shape (M, N, 3), they are {points.dtype} {tuple(points.shape)}")
         for name, array, shape in (
             ("label", label, points.shape[:1]),
             ("split", split, points.shape[:1]),
             ("part", part, points.shape[:2]),
+            ("count", count, points.shape[:1]),
         ):
             if array is not None and array.shape != shape:
                 raise DataError(f"{self.path}: {name} must have shape {tuple(shape)} like the points, it has {tuple(array.shape)}")
-        bad = (~torch.isfinite(points).all(-1).all(-1)).nonzero().squeeze(1).tolist()
+        if count is not None and not bool(((count >= 1) & (count <= points.shape[1])).all()):
+            raise DataError(
+                f"{self.path}: count must say how many of its {points.shape[1]} points each cloud has, it runs from {count.min()} to {count.max()}: "
+                "correct or remove it"
+            )
+        own = torch.arange(points.shape[1]) < (points.shape[1] if count is None else count[:, None])
+        bad = (~(torch.isfinite(points).all(-1) | ~own).all(-1)).nonzero().squeeze(1).tolist()
         if bad:
             raise DataError(f"{self.path}: {len(bad)} clouds hold NaN or infinite coordinates, the first at position {bad[0]}: remove them")

@@ -39,6 +39,29 @@ def test_reads_what_is_in_the_file(path: Path) -> None:
     assert data.arrays.label.dtype == torch.int64
 
 
+def test_points_behind_the_count_are_never_seen(path: Path) -> None:
+    with h5py.File(path, "a") as file:
+        count = 5 + np.arange(len(file["label"])) % 60
+        points = file["points"][:]
+        for cloud, own in zip(points, count, strict=True):
+            cloud[own:] = np.nan
+        file["points"][...] = points
+        file["count"] = count
+    data = HDF5PointsDataModule(path, num_points=16, augmentation=PLAIN, normalization="none", batch_size=7)
+    for loader in (data.train_dataloader(), data.eval_train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        for batch in loader:
+            seen = data.transform(batch)
+            for cloud, index in zip(seen.input, batch.index, strict=True):
+                own = {tuple(point) for point in points[index, : count[index]].tolist()}
+                assert {tuple(point) for point in cloud.tolist()} <= own
+    change(path, "count", np.full(60, 65))
+    with pytest.raises(DataError, match="count must say how many of its 64 points"):
+        _ = HDF5PointsDataModule(path).arrays
+    change(path, "count", np.full(3, 5))
+    with pytest.raises(DataError, match="count must have shape"):
+        _ = HDF5PointsDataModule(path).arrays
+
+
 @pytest.mark.parametrize("kind", ["<f2", "<f4", "<f8", ">f4"])
 @pytest.mark.parametrize("whole", ["u1", ">i2", "u4", "i8", "<f8"])
 def test_any_width_and_byte_order(path: Path, kind: str, whole: str) -> None:
