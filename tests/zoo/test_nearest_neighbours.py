@@ -303,6 +303,20 @@ def test_other_mistakes() -> None:
         class_means(BANK * torch.nan, LABELS, 4)
 
 
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_products_are_not_rounded(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever precision the training allows its products of float32; afterwards it is the same again."""
+    seen, multiply = set(), torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: (seen.add(torch.get_float32_matmul_precision()), multiply(*args, **kwargs))[1])
+    torch.set_float32_matmul_precision(precision)
+    try:
+        nearest_neighbours(torch.eye(3), torch.eye(3), 1)
+        after = torch.get_float32_matmul_precision()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert (seen, after) == ({"highest"}, precision)
+
+
 def test_finite_numbers_are_taken_though_their_sum_overflows() -> None:
     similarity, index = nearest_neighbours(BANK, torch.full((100, 4), 1e38), 2)
     assert torch.equal(similarity, torch.full((4, 2), 1e38))

@@ -1,6 +1,8 @@
 """Nearest neighbours by inner product, exact and fast, and classifiers made of them."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Literal, get_args
 
 import numpy as np
@@ -20,7 +22,7 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
     """The k rows of the bank with the largest inner product with each query, s_ij = q_i . b_j.
 
     The features are taken as they are: normalise both for cosine similarity. Exact: equal to a stable descending sort of all
-    products in float32, so that of equal rows the first counts as the nearest. Memory does not grow with the bank.
+    products in float32, whatever `torch.set_float32_matmul_precision` allows elsewhere, so that of equal rows the first counts as the nearest. Memory does not grow with the bank.
 
     A lower bound of the k-th largest product is the k-th largest of the maxima over groups of columns; only the few products that
     reach it are sorted. With "bf16" the products are computed in bfloat16 and the bound is lowered by the rounding error that they
@@ -57,7 +59,7 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
     height = min(max(1, _BLOCK // max(width, 4 * k)), len(query))
     # One buffer for all blocks, because fresh memory of this size is dear.
     buffer = query.new_empty(height * width)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), _full_precision():
         for start in range(0, len(bank), width):
             rows = bank[start : start + width].float()
             search = _Rounded(rows, k, buffer) if scores == "bf16" else _Plain(rows, k, buffer)
@@ -70,6 +72,20 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
                 value.copy_(best)
                 place.copy_(row)
     return similarity, index
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """Inside, products of float32 are not rounded to TF32 or bfloat16."""
+    with ExitStack() as after:
+        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+            for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+                after.callback(setattr, part, "fp32_precision", part.fp32_precision)
+                part.fp32_precision = "ieee"
+        else:  # before torch 2.9
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        yield
 
 
 class _Plain:
@@ -326,7 +342,7 @@ def nearest_class_mean(query: Tensor, means: Tensor) -> Tensor:
         tensor([[0.6000,   -inf]])
     """
     _check_features(query, means, "means")
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast(query.device.type, enabled=False), _full_precision():
         cosine = F.normalize(query.float(), dim=1) @ F.normalize(means.float(), dim=1).T
     return cosine.masked_fill(~means.any(dim=1), -torch.inf)
 
