@@ -1,5 +1,7 @@
 """Nearest neighbours and what is made of them, against sorting all products, one-hot votes and scikit-learn."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -303,18 +305,29 @@ def test_other_mistakes() -> None:
         class_means(BANK * torch.nan, LABELS, 4)
 
 
-@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_products_are_not_rounded(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="torch before 2.9 does not tell")
+def test_products_are_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever precision the training allows its products of float32; afterwards it is the same again."""
-    seen, multiply = set(), torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: (seen.add(torch.get_float32_matmul_precision()), multiply(*args, **kwargs))[1])
-    torch.set_float32_matmul_precision(precision)
-    try:
-        nearest_neighbours(torch.eye(3), torch.eye(3), 1)
-        after = torch.get_float32_matmul_precision()
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert (seen, after) == ({"highest"}, precision)
+
+    def set_by_backend() -> None:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+    def precisions() -> list[str]:
+        return [part.fp32_precision for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)]
+
+    seen, multiply = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *args, **kwargs: (seen.extend(precisions()), multiply(*args, **kwargs))[1])
+    ways = [partial(torch.set_float32_matmul_precision, name) for name in ("high", "medium")]
+    for allow in (*ways, set_by_backend):
+        try:
+            allow()
+            before = precisions()
+            nearest_neighbours(torch.eye(3), torch.eye(3), 1)
+            assert precisions() == before
+            assert before[0] == "tf32"
+        finally:
+            torch.set_float32_matmul_precision("highest")
+    assert set(seen) == {"ieee"}
 
 
 def test_finite_numbers_are_taken_though_their_sum_overflows() -> None:

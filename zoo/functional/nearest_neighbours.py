@@ -78,13 +78,13 @@ def nearest_neighbours(query: Tensor, bank: Tensor, k: int, scores: Scores = "fp
 def _full_precision() -> Iterator[None]:
     """Inside, products of float32 are not rounded to TF32 or bfloat16."""
     with ExitStack() as after:
-        if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        try:
+            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+            torch.set_float32_matmul_precision("highest")
+        except RuntimeError:  # it was set by backend, which torch since 2.9 does not let one ask for as a whole
             for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
                 after.callback(setattr, part, "fp32_precision", part.fp32_precision)
                 part.fp32_precision = "ieee"
-        else:  # before torch 2.9
-            after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
-            torch.set_float32_matmul_precision("highest")
         yield
 
 
