@@ -1,11 +1,13 @@
 """What the callbacks that judge a representation share: features of batches, and of the whole training set."""
 
 import contextlib
+import random
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -74,7 +76,7 @@ def encode(trainer: Trainer, pl_module: LightningModule, features: Features, inp
     Raises:
         ValueError: if the module gives something else.
     """
-    with torch.no_grad(), evaluating(pl_module), isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+    with torch.no_grad(), evaluating(pl_module), _kept_random_streams(pl_module):
         with trainer.precision_plugin.forward_context():
             found = getattr(pl_module, features)(inputs)
     return _checked(pl_module, features, found, len(inputs))
@@ -164,9 +166,18 @@ def _is_same(first: Tensor, second: Tensor) -> bool:
 
 
 @contextlib.contextmanager
+def _kept_random_streams(pl_module: LightningModule) -> Iterator[None]:
+    """Lightning's `isolate_rng`, which by itself restores nothing where an exception, or a loop's break, leaves it."""
+    with contextlib.closing(contextlib.ExitStack()) as stack:
+        stack.enter_context(isolate_rng(include_cuda=pl_module.device.type == "cuda"))
+        yield
+
+
+@contextlib.contextmanager
 def kept_generators(loader: Any) -> Iterator[list[torch.Generator]]:
     """Leave the random generators that a loader and its sampler hold as they are; yields them."""
-    owners = (loader, getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
     held = [getattr(owner, "generator", None) for owner in owners]
     generators = [generator for generator in held if isinstance(generator, torch.Generator)]
     states = [generator.get_state() for generator in generators]
@@ -195,8 +206,10 @@ def _samples(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]
     sampler, rank, world = _distributed_sampler(loader), trainer.global_rank, trainer.world_size
     limit = 1 if getattr(trainer, "fast_dev_run", False) else None
     rows = 0
-    with kept_generators(loader) as generators, isolate_rng(include_cuda=pl_module.device.type == "cuda"):
+    with kept_generators(loader) as generators, _kept_random_streams(pl_module):
         # All processes and all passes see a shuffling loader's samples in the same order.
+        random.seed(0)
+        np.random.seed(0)
         for generator in (torch.default_generator, *generators):
             generator.manual_seed(0)
         for number, batch in enumerate(_with_progress(trainer, islice(loader, limit), loader)):

@@ -1,5 +1,6 @@
 """What the callbacks on features share: the same features on every process, and no trace in the training."""
 
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matrix import FEATURES, Loader, Net, batches, make_trainer, precision_settings
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from litzoo.callbacks import KNNMonitor, NeighbourGallery
 from litzoo.callbacks.features import FeatureTap, encode_loader, samples_at, samples_of
@@ -29,6 +30,26 @@ def dataset() -> TensorDataset:
 
 def loader(**settings: Any) -> DataLoader:
     return DataLoader(dataset(), batch_size=4, **settings)
+
+
+class ByPython(Sampler[int]):
+    """Draws its order from Python's random stream."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(random.sample(range(SAMPLES), SAMPLES))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+
+class Groups(Sampler[list[int]]):
+    """Draws whole batches, from a generator of its own."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(3)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (part.tolist() for part in torch.randperm(SAMPLES, generator=self.generator).split(4))
 
 
 class Data(ArrayDataModule):
@@ -67,6 +88,8 @@ MAKERS: dict[str, Callable[[], Any]] = {
     "loader": loader,
     "shuffled": lambda: loader(shuffle=True),
     "generator": lambda: loader(shuffle=True, generator=torch.Generator().manual_seed(3)),
+    "python": lambda: loader(sampler=ByPython()),
+    "batch sampler": lambda: DataLoader(dataset(), batch_sampler=Groups()),
     "workers": lambda: loader(num_workers=1),
     "dealt": lambda: Data(batch_size=2, eval_batch_size=4).eval_train_dataloader(),
     "sampler": lambda: loader(sampler=DistributedSampler(dataset(), *_world(), shuffle=False)),
@@ -83,7 +106,7 @@ def check(model: Net, bank: Any, inputs: dict[int, Tensor], name: str, exact: bo
     features, label, key = bank
     x, true = dataset().tensors
     order = torch.arange(SAMPLES)
-    if name in ("shuffled", "generator"):  # in some order that is always the same
+    if name in ("shuffled", "generator", "python", "batch sampler"):  # in some order that is always the same
         order = torch.cdist(features, expected(model)).argmin(dim=1)
         assert sorted(order.tolist()) == list(range(SAMPLES))
     torch.testing.assert_close(features, expected(model)[order], rtol=0, atol=0 if exact else 1e-6)
@@ -119,6 +142,7 @@ def test_leaves_no_trace(tmp_path: Path) -> None:
     def state(model: Net) -> list[Any]:
         return [
             torch.get_rng_state().tolist(),
+            random.getstate(),
             np.random.get_state()[1].tolist(),  # type: ignore[index]
             shuffling.generator.get_state().tolist(),
             [module.training for module in model.modules()],
@@ -131,8 +155,24 @@ def test_leaves_no_trace(tmp_path: Path) -> None:
     model.train()
     model.norm[0].eval()  # type: ignore[index]
     before = state(model)
-    encode_loader(trainer, model, "encode", shuffling)
+    bank = encode_loader(trainer, model, "encode", shuffling)
     assert state(model) == before
+    samples_at(trainer, model, shuffling, bank.key[:1])  # which goes no further than it must
+    assert state(model) == before
+    model.encode = lambda x: 1 / (0 * torch.rand(1)).long().item()  # type: ignore[method-assign]
+    with pytest.raises(ZeroDivisionError):
+        encode_loader(trainer, model, "encode", shuffling)
+    assert state(model) == before
+
+
+def test_training_is_the_same_beside_pictures(tmp_path: Path) -> None:
+    weights = []
+    for callbacks in ([], [NeighbourGallery(2, 2, every_n_epochs=1, reference_loader=loader(shuffle=True))]):
+        torch.manual_seed(1)
+        model = Net(norm=True)
+        make_trainer(tmp_path, *callbacks, val_check_interval=0.5).fit(model, loader(shuffle=True), Loader(batches(9, 2)))
+        weights.append(model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 @pytest.mark.parametrize("precision", ["64-true", "bf16-mixed", "bf16-true", "16-mixed, GradScaler"])
@@ -283,6 +323,7 @@ def run_rank(folder: Path) -> None:
         trainer = make_trainer(folder, probe, max_epochs=1, strategy="ddp", devices=2, use_distributed_sampler=False)
         rank = trainer.global_rank
         torch.manual_seed(rank)
+        random.seed(rank)
         trainer.fit(model, Loader(batches(rank)), Loader(batches(9, 2)))
         torch.save((model.state_dict(), tuple(probe.banks[-1]), probe.inputs[-1]), folder / f"{name}_{rank}.pt")
 
