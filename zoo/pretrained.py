@@ -232,9 +232,9 @@ def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
 def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str, Any], half: bool = True) -> None:
     """Write a model as one safetensors file, which `load` reads anywhere, offline.
 
-    The file holds every tensor of the state (not what only the training needs, such as a memory bank) and, as text, the model's name, its hyper-parameters, the card, and a digest of
-    all that. It appears whole or not at all; a file of that name is replaced. Before it is written, the model is rebuilt
-    from what it will hold, so a file that could not be loaded is never made.
+    The file holds every tensor of the state, but not what only the training needs, such as a memory bank, and, as text, the model's
+    name, its hyper-parameters, the card, and a digest of all that. It appears whole or not at all; a file of that name is
+    replaced. Before it is written, the model is rebuilt from what it will hold, so a file that could not be loaded is never made.
 
     Args:
         model: one of litzoo's models; its hyper-parameters must be JSON values.

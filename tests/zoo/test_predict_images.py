@@ -15,7 +15,7 @@ from PIL import Image
 
 import litzoo
 from litzoo.datamodules.pictures import decode_picture
-from litzoo.zoo import ImageClassifier, LogisticRegression, PointNetClassifier
+from litzoo.zoo import ImageClassifier, InstanceDiscrimination, LogisticRegression, PointNetClassifier
 from litzoo.zoo.cli import main
 from litzoo.zoo.cli import predict as predict_module
 
@@ -32,6 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("grey", ImageClassifier(3, ["cat", "dog", "owl"], "conv4", in_channels=1, image_size=16)),
         ("points", PointNetClassifier(2, ["ball", "rod"], input_transform=False, feature_transform=False)),
         ("numbers", LogisticRegression(2, 2)),
+        ("encoder", InstanceDiscrimination(9, "conv4", image_size=16)),
     ):
         litzoo.save(model, folder / f"{name}.safetensors", {}, half=False)
     return folder
@@ -209,6 +210,8 @@ def test_the_wrong_kind(weights: Path, here: Path, capsys: pytest.CaptureFixture
         assert f"{name} holds pictures, but {weights / 'points.safetensors'} classifies point clouds: .npy" in mistake(
             capsys, weights, "cloud.npy", name, model="points"
         )
+    told = mistake(capsys, weights, "a.png", model="encoder")
+    assert "trained without labels, InstanceDiscrimination, and has no classes: give a classifier, or get features in Python" in told
     assert "LogisticRegression, which classifies neither pictures nor point clouds" in mistake(capsys, weights, "a.png", model="numbers")
     (here / "photos").mkdir()
     Image.fromarray(pixels(0)).save("photos/a.png")

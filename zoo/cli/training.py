@@ -9,9 +9,9 @@ import signal
 import sys
 import threading
 import warnings
-from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
+from pydoc import locate
 from typing import Any, NoReturn
 
 import yaml
@@ -152,8 +152,7 @@ class LitzooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
-        module, _, name = settings.model.class_path.rpartition(".")
-        monitor = getattr(getattr(import_module(module), name), "checkpoint_monitor", None)
+        monitor = getattr(locate(settings.model.class_path), "checkpoint_monitor", None)
         if monitor is not None and settings.checkpoint.monitor == _MONITOR:  # a model without that loss says what to go by
             settings.checkpoint.monitor, settings.checkpoint.mode = monitor, "min" if monitor.endswith("loss") else "max"
         init_args = settings.model.get("init_args") or {}
@@ -179,6 +178,7 @@ class LitzooCLI(LightningCLI):
         self._refuse_disagreement()
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
             self.model.hparams.pop(name, None)  # LightningCLI adds every link, the model could not be loaded with it
+        self._drop_monitor_without_labels()
         trainer, run = self._get(self.config_init, "trainer"), None
         if trainer.get("precision") is None and getattr(self.model, "prefers_bf16", False):
             kwargs["precision"] = native_precision(str(trainer.get("accelerator")))
@@ -206,6 +206,18 @@ class LitzooCLI(LightningCLI):
             if run is not None and not any(run.iterdir()):
                 run.rmdir()
             raise
+
+    def _drop_monitor_without_labels(self) -> None:
+        """What a model without a validation loss is judged by needs the labels of its training images."""
+        best, counts = self._get(self.config_init, "checkpoint"), getattr(self.datamodule, "class_counts", None)
+        if (
+            best.monitor is not None
+            and best.monitor == getattr(self.model, "checkpoint_monitor", None)
+            and counts is not None
+            and not any(counts)
+        ):
+            print(f"litzoo: the training data have no labels for {best.monitor}: of the checkpoints, the newest counts as the best")
+            best.monitor = None
 
     def _refuse_disagreement(self) -> None:
         """jsonargparse drops a hand-given value of a linked argument in silence."""
@@ -246,7 +258,7 @@ class LitzooCLI(LightningCLI):
     def after_fit(self) -> None:
         best = self._get(self.config_init, "checkpoint")
         if self.trainer.is_global_zero and best.best_model_path:
-            print(f"litzoo: best checkpoint by {best.monitor}: {best.best_model_path}")
+            print(f"litzoo: {f'best checkpoint by {best.monitor}' if best.monitor else 'newest checkpoint'}: {best.best_model_path}")
 
 
 def keep_freed_memory() -> None:
