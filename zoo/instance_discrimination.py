@@ -3,13 +3,14 @@
 import math
 import os
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .batch import Batch
@@ -140,6 +141,7 @@ class InstanceDiscrimination(LightningModule):
         # log(Z / N), estimated from the first batch; NaN until then.
         self.log_partition: Tensor
         self.register_buffer("log_partition", torch.tensor(float("nan")))
+        self._partition_known = False
         self._labelled: tuple[Tensor, Tensor] | None = None
 
     def forward(self, images: Tensor) -> Tensor:
@@ -168,12 +170,28 @@ class InstanceDiscrimination(LightningModule):
             >>> model.embed(torchvision.io.decode_image("cat.png")).shape
             torch.Size([1, 128])
         """
+        groups = self.image_input.prepare(images, self.device)
         with evaluating(self):
-            return torch.cat([self(group) for group in self.image_input.prepare(images, self.device)])
+            return torch.cat([self(group.to(self.projection.weight.dtype)) for group in groups]).float()
 
     # The bank
 
+    def _apply(self, fn: Any, recurse: bool = True) -> "InstanceDiscrimination":
+        super()._apply(fn, recurse)
+        # In half precision, Z would not follow small changes.
+        self.log_partition = self.log_partition.to(torch.promote_types(self.log_partition.dtype, torch.float32))
+        return self
+
     def on_fit_start(self) -> None:
+        self._prepare_bank()
+
+    def on_train_start(self) -> None:
+        self._prepare_bank()  # a tuner trains before `on_fit_start`, and afterwards puts back the empty bank
+
+    def _prepare_bank(self) -> None:
+        """See that there is a bank, of the data at hand."""
+        self.bank.discard()
+        self._partition_known = False
         data = getattr(self.trainer, "datamodule", None)  # a plain Trainer has none
         samples: Tensor = getattr(data, "train_index", torch.arange(self.num_train))
         fingerprint = getattr(data, "fingerprint", None)
@@ -187,6 +205,8 @@ class InstanceDiscrimination(LightningModule):
                 f"the memory bank of the checkpoint, {len(self.bank)} rows, belongs to other training images than the {len(samples)} "
                 "at hand: resume with the data of that run, or set rebuild_bank to true to fill it from these"
             )
+        if len(self.bank) == 0:
+            self.log_partition.fill_(math.nan)  # trained weights come with the Z of another bank
         if stranger or len(self.bank) == 0:
             self.bank.start(samples, fingerprint, _seed())
             if hasattr(data, "eval_train_dataloader") and (stranger or self.bank_start == "features"):
@@ -194,11 +214,13 @@ class InstanceDiscrimination(LightningModule):
 
     def _fill(self, data: Any) -> None:
         """Fill the bank with clean features, by one pass over the training images."""
+        batches = int(self.trainer.fast_dev_run) or None  # type: ignore[attr-defined]
         rank_zero_info(f"filling the memory bank with the features of {self.num_train} training images")
         with torch.no_grad(), evaluating(self), self.trainer.precision_plugin.forward_context():
-            for batch in data.eval_train_dataloader():
-                batch = data.on_after_batch_transfer(self.transfer_batch_to_device(batch, self.device, 0), 0)
-                self.bank.write(batch.index, self(batch.input), momentum=0.0)
+            for batch in islice(data.eval_train_dataloader(), batches):
+                batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch), self.device)
+                images, index, _ = _unpack(batch)
+                self.bank.write(index, self(images), momentum=0.0)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.bank.commit()
@@ -210,11 +232,12 @@ class InstanceDiscrimination(LightningModule):
         if images.dim() == 5:
             views = images.shape[1]
             images, index = images.flatten(0, 1), index.repeat_interleave(views)
-            key = None if key is None else fold_in(key.repeat_interleave(views), torch.arange(views).repeat(len(key)))
+            if key is not None:
+                key = fold_in(key.repeat_interleave(views), torch.arange(views, device=key.device).repeat(len(key)))
+        row = self.bank.rows_of(index)
         features = self(images).to(self.bank.rows.dtype)
         if not self.bank.is_staged:  # a second pass over the batch (SAM, FGM) sees other weights
-            self.bank.stage(index, features)
-        row = self.bank.rows_of(index)
+            self.bank.stage(row, features)
         if self.objective == "softmax":
             losses = instance_softmax_loss(features, self.bank.rows, row, self.temperature, self.scores)
         else:
@@ -238,8 +261,8 @@ class InstanceDiscrimination(LightningModule):
         """Rows of the noise: `(m,)` if shared, else `(B, m)`."""
         size = len(self.bank)
         if self.noise == "shared":
-            step = fold_in(_seed(), _SHARED_NOISE, self.trainer.current_epoch, batch_idx).to(row.device)
-            return integers(step, self.negatives, high=size)
+            step = int(fold_in(_seed(), _SHARED_NOISE, self.trainer.current_epoch, batch_idx))
+            return integers(torch.full((), step, device=row.device), self.negatives, high=size)  # a copy would wait for the device
         high = size if self.positives_in_noise else size - 1
         if key is None:  # from somebody's own loader
             drawn = torch.randint(high, (len(row), self.negatives), device=row.device)
@@ -252,7 +275,7 @@ class InstanceDiscrimination(LightningModule):
 
     @torch.no_grad()
     def _update_partition(self, negative: Tensor) -> None:
-        known = not bool(self.log_partition.isnan())
+        known = self._partition_known = self._partition_known or not bool(self.log_partition.isnan())  # asks the device only until it is
         if known and self.partition_momentum == 1:
             return
         estimate = log_partition_of(negative, self.temperature)
@@ -269,12 +292,17 @@ class InstanceDiscrimination(LightningModule):
     # Evaluation by nearest neighbours in the bank
 
     def _labelled_rows(self) -> tuple[Tensor, Tensor] | None:
-        """Rows of the training images whose label is known, and those labels; None without a bank or labels."""
+        """Rows of the training images whose label is known, and those labels; None without labels or a bank of these images."""
         data = getattr(self.trainer, "datamodule", None)
         label: Tensor | None = getattr(data, "train_label", None)
-        if data is None or label is None or len(label) != len(self.bank):
+        if data is None or label is None or not bool((label >= 0).any()):
             return None
-        if not bool((label >= 0).any()) or not self.bank.fits(data.train_index, getattr(data, "fingerprint", None)):
+        if not self.bank.fits(data.train_index, getattr(data, "fingerprint", None)):
+            if self.trainer.state.fn != "fit":  # there it was not started yet
+                whose = "belongs to other training images than those at hand" if len(self.bank) else "is empty, as in a weights file"
+                rank_zero_warn(
+                    f"the memory bank {whose}, so there are no nearest rows to score: add the callback KNNMonitor, which makes its own"
+                )
             return None
         label, rows = label.to(self.device), self.bank.rows.float()
         return (rows, label) if bool((label >= 0).all()) else (rows[label >= 0], label[label >= 0])
@@ -285,6 +313,12 @@ class InstanceDiscrimination(LightningModule):
     def on_test_epoch_start(self) -> None:
         self._labelled = self._labelled_rows()
 
+    def on_validation_epoch_end(self) -> None:
+        self._labelled = None  # it may be a copy of the bank
+
+    def on_test_epoch_end(self) -> None:
+        self._labelled = None
+
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
         images, label = batch[0], batch[1]
         features = self(images)
@@ -292,7 +326,9 @@ class InstanceDiscrimination(LightningModule):
             rows, row_label = self._labelled
             classes = int(row_label.max()) + 1
             found = knn_predict(features.float(), rows, row_label, min(self.knn, len(rows)), self.temperature, classes)
-            self.log(f"{stage}/knn_bank", (found == label).float().mean(), prog_bar=True, batch_size=len(label), sync_dist=True)
+            known = int((label >= 0).sum())
+            right = (found == label).sum() / max(known, 1)
+            self.log(f"{stage}/knn_bank", right, prog_bar=True, batch_size=known, sync_dist=True)
         return {"embedding": features, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -2,19 +2,23 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 
 import litzoo
 from litzoo.callbacks import SAM, StepSeed
 from litzoo.datamodules import DigitsDataModule
+from litzoo.datamodules.arrays import TRAIN, VAL, Arrays
 from litzoo.zoo import Batch, InstanceDiscrimination
+from litzoo.zoo.cli import main
 from litzoo.zoo.pretrained import load_checkpoint
 
 QUIET: dict[str, Any] = {
@@ -259,6 +263,89 @@ def test_a_second_pass_over_a_batch_writes_nothing() -> None:
     assert not torch.allclose(written, seen[1])
 
 
+@pytest.mark.parametrize("objective", ["softmax", "nce"])
+@pytest.mark.parametrize("tuner", [LearningRateFinder, BatchSizeFinder])
+def test_tuners_find_a_bank_and_leave_none_behind(tuner: type[Callback], objective: str, tmp_path: Path) -> None:
+    """They train before the fit, and put everything back by a checkpoint."""
+    data = data_of()
+    model = model_of(data, flat=False, bank_start="features", **OBJECTIVES[objective])
+    model.lr = 1e-3
+    rows: list[Tensor] = []
+
+    class Start(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            rows.append(model.bank.rows.clone())
+
+    settings: dict[str, Any] = {"num_training_steps": 5} if tuner is LearningRateFinder else {"max_trials": 1, "steps_per_trial": 2}
+    trainer = Trainer(max_epochs=1, limit_val_batches=0, callbacks=[tuner(**settings), Start()], default_root_dir=tmp_path, **QUIET)
+    trainer.fit(model, datamodule=data)
+    torch.testing.assert_close(rows[0], rows[-trainer.num_training_batches], msg="the fit begins as the tuner did")
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+def test_a_step_that_was_broken_off_writes_nothing_later() -> None:
+    data = data_of()
+    model = model_of(data)
+
+    class Break(Callback):
+        def on_after_backward(self, *_: Any) -> None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Trainer(max_epochs=1, limit_val_batches=0, callbacks=[Break()], **QUIET).fit(model, datamodule=data)
+    before, later = model.bank.rows.clone(), data_of(seed=1)
+    Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET).fit(model, datamodule=later)
+    changed = (model.bank.rows != before).any(dim=1).nonzero().squeeze(1)
+    assert torch.equal(changed, model.bank.rows_of(next(iter(later.train_dataloader())).index.sort().values))
+
+
+def test_fast_dev_run_fills_the_bank_from_one_batch() -> None:
+    data = data_of(eval_batch_size=50)
+    model = model_of(data, bank_start="features", flat=False)
+    Trainer(fast_dev_run=True, **QUIET).fit(model, datamodule=data)
+    assert int(model.bank._written.sum()) <= 50 + 64
+
+
+class Tuples(LightningDataModule):
+    """Somebody's own data, with hooks of the module and plain batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images = torch.rand(20, 1, 8, 8)
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.images, torch.zeros(20).long(), torch.arange(20)), 4)
+
+    eval_train_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+def test_the_bank_starts_from_features_of_plain_batches(precision: Any) -> None:
+    data, model = Tuples(), InstanceDiscrimination(20, "conv4", embedding_dim=8, in_channels=1, image_size=8)
+    Trainer(max_epochs=1, limit_train_batches=0, precision=precision, **QUIET).fit(model, datamodule=data)
+    with torch.no_grad():
+        torch.testing.assert_close(model.bank.rows, model.eval()(data.images.to(model.dtype)))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_raw_images_and_partition_in_true_precisions(precision: Any) -> None:
+    data = data_of()
+    model = model_of(data, flat=False, objective="nce", partition_momentum=0.999)
+    Trainer(max_epochs=1, limit_train_batches=2, limit_val_batches=0, precision=precision, **QUIET).fit(model, datamodule=data)
+    assert model.log_partition.dtype == (torch.float64 if precision == "64-true" else torch.float32), "bfloat16 would not follow"
+    assert model.embed(torch.zeros(2, 1, 8, 8, dtype=torch.uint8)).dtype == torch.float32
+
+
+def test_a_new_bank_has_a_partition_of_its_own() -> None:
+    data = data_of()
+    model = model_of(data, objective="nce", optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+    fresh = copy.deepcopy(model)
+    model.log_partition.fill_(7.0)  # as it comes with trained weights, whose bank is not there
+    for one in (model, fresh):
+        Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, **QUIET).fit(one, datamodule=data)
+    assert float(model.log_partition) == float(fresh.log_partition)
+
+
 @pytest.mark.parametrize("positives", [False, True])
 def test_noise_is_uniform_and_avoids_the_own_row(positives: bool) -> None:
     data = data_of()
@@ -313,6 +400,58 @@ def test_unlabelled_data_need_no_labels() -> None:
     trainer = Trainer(max_epochs=1, **QUIET)
     trainer.fit(model, datamodule=data)
     assert "val/knn_bank" not in trainer.callback_metrics
+
+
+def test_validation_images_without_a_label_do_not_count() -> None:
+    data = data_of(eval_batch_size=20)
+    val = data.indices(VAL)
+    data.arrays.label[val[: len(val) // 2]] = -1  # also whole batches
+    model = model_of(data, flat=False, knn=1)
+    trainer = Trainer(max_epochs=1, num_sanity_val_steps=0, **QUIET)
+    trainer.fit(model, datamodule=data)
+    model.eval()
+    with torch.no_grad():
+        found = torch.cat([model(data.transform(batch).input) for batch in data.val_dataloader()]) @ model.bank.rows.T
+    right = data.train_label[found.argmax(dim=1)] == data.arrays.label[val]
+    assert float(trainer.callback_metrics["val/knn_bank"]) == pytest.approx(float(right[len(val) // 2 :].float().mean()))
+
+
+def test_a_bank_of_other_images_scores_nothing_and_says_so() -> None:
+    data = data_of()
+    model = fitted(data)
+    alone = Trainer(**QUIET)
+    for other, bank, message in ((data_of(split_seed=1), model.bank, "other training images"), (data, model_of(data).bank, "is empty")):
+        model.bank = bank
+        with pytest.warns(UserWarning, match=message):
+            assert alone.validate(model, datamodule=other, verbose=False) == [{}]
+    assert model._labelled is None
+
+
+class UnlabelledDigits(DigitsDataModule):
+    def read(self) -> Arrays:
+        arrays = super().read()
+        return replace(arrays, label=arrays.label.masked_fill(arrays.split == TRAIN, -1))
+
+
+class Outer:
+    class Inner(InstanceDiscrimination):
+        """A class that is no attribute of its module."""
+
+
+@pytest.mark.parametrize(("labelled", "said"), [(True, "best checkpoint by val/knn_bank"), (False, "newest checkpoint: ")])
+def test_the_best_checkpoint_without_a_validation_loss(
+    labelled: bool, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = "DigitsDataModule" if labelled else f"{__name__}.UnlabelledDigits"
+    arguments = ["--config", "instdisc_digits", "--data", data, "--data.image_size", "8", "--data.train_fraction", "0.1"]
+    model = ["--model", f"{__name__}.Outer.Inner"] if labelled else []
+    quick = ["--trainer.callbacks", "[]", "--trainer.max_epochs", "2", "--trainer.accelerator", "cpu"]
+    assert main(["fit", *arguments, *model, *quick]) == 0
+    out = capsys.readouterr().out
+    assert said in out
+    assert ("have no labels for val/knn_bank" in out) is not labelled
+    assert len(list((tmp_path / "runs").rglob("epoch_*.ckpt"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_checkpoint_holds_what_is_staged() -> None:
     """Lightning's checkpoint callbacks run before the hook that commits."""
     bank = bank_of()
     before = bank.rows.clone()
-    bank.stage(torch.tensor([4]), torch.randn(1, 4))
+    bank.stage(bank.rows_of(torch.tensor([4])), torch.randn(1, 4))
     assert bank.is_staged
     assert torch.equal(bank.rows, before)
     saved = bank.state_dict()["_extra_state"]["rows"].clone()
@@ -93,6 +93,33 @@ def test_a_checkpoint_holds_what_is_staged() -> None:
     bank.commit()
     assert torch.equal(bank.rows, saved)
     assert not bank.is_staged
+
+
+def test_what_a_broken_off_step_staged_is_never_written() -> None:
+    """Its rows are not those of a bank that was started or loaded since."""
+    bank, other = bank_of(), MemoryBank(4)
+    other.start(torch.arange(2))
+    for replace in (lambda: bank.load_state_dict(other.state_dict()), lambda: bank.start(torch.arange(2)), bank.discard):
+        bank.start(SAMPLES)
+        bank.stage(torch.tensor([4]), torch.randn(1, 4))
+        replace()
+        before = bank.rows.clone()
+        bank.commit()
+        assert torch.equal(bank.rows, before)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_leave_their_rows(broken: float) -> None:
+    """Such as those of a step that float16 overflowed in, which a GradScaler leaves out."""
+    bank = bank_of()
+    before = bank.rows.clone()
+    features = torch.randn(3, 4)
+    features[1, 2] = broken
+    bank.write(torch.tensor([3, 9, 21]), features)
+    assert torch.equal(bank.rows[[1, 2, 3]], before[[1, 2, 3]])
+    torch.testing.assert_close(bank.rows[[0, 4]], F.normalize(features[[0, 2]]))
+    bank.write(torch.tensor([9]), features[:1])
+    torch.testing.assert_close(bank.rows[2], F.normalize(features[:1])[0], msg="still its first feature")
 
 
 def test_precision_never_falls_below_float32() -> None:

@@ -173,6 +173,8 @@ def without_own(negative: Tensor, noise: Tensor, row: Tensor) -> Tensor:
         tensor([[0., 0., -inf],
                 [0., 0., 0.]])
     """
+    if negative.device.type != "cpu":  # the few below would have to be counted, for which the processor waits for the device
+        return negative.masked_fill(noise == row[:, None], -math.inf)
     some = torch.isin(noise, row).nonzero().squeeze(1)  # a few of thousands
     sample, place = (noise[some] == row[:, None]).nonzero(as_tuple=True)
     return negative.index_put((sample, some[place]), negative.new_tensor(-math.inf))

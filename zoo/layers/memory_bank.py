@@ -74,6 +74,7 @@ class MemoryBank(nn.Module):
         self._samples = samples.to(self.rows.device)
         self._written = torch.zeros(len(samples), dtype=torch.bool, device=self.rows.device)
         self.fingerprint = fingerprint
+        self.discard()
 
     def fits(self, samples: Tensor, fingerprint: str | None) -> bool:
         """Whether the rows are those of these samples of these data."""
@@ -88,6 +89,7 @@ class MemoryBank(nn.Module):
         """
         if len(self._samples) == 0:
             raise IndexError("the memory bank is empty: call start() first")
+        samples = samples.to(self._samples)
         place = torch.searchsorted(self._samples, samples).clamp_(max=len(self._samples) - 1)
         if not torch.equal(self._samples[place], samples):
             stranger = int(samples[self._samples[place] != samples][0])
@@ -98,23 +100,23 @@ class MemoryBank(nn.Module):
         return place
 
     @torch.no_grad()
-    def stage(self, samples: Tensor, features: Tensor) -> None:
-        """Gather the samples of all processes for the next `commit`; every process must call it.
+    def stage(self, rows: Tensor, features: Tensor) -> None:
+        """Gather the features of all processes for the next `commit`; every process must call it.
 
         Args:
-            samples: `(B,)` int64, their numbers in the data set.
-            features: `(B, D)`; they need not have length one.
-
-        Raises:
-            IndexError: if a sample has no row.
+            rows: `(B,)` int64, the rows of their samples, see `rows_of`.
+            features: `(B, D)`; they need not have length one. One that is not finite leaves its row as it is.
         """
         features = F.normalize(features.detach().to(self.rows.dtype))
-        samples = samples.to(self.rows.device)
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             from torchmetrics.utilities.distributed import gather_all_tensors
 
-            samples, features = torch.cat(gather_all_tensors(samples.contiguous())), torch.cat(gather_all_tensors(features.contiguous()))
-        self._staged = self.rows_of(samples), features
+            rows, features = torch.cat(gather_all_tensors(rows.contiguous())), torch.cat(gather_all_tensors(features.contiguous()))
+        self._staged = rows, features
+
+    def discard(self) -> None:
+        """Forget what was staged: a step that was broken off is none."""
+        self._staged = None
 
     @property
     def is_staged(self) -> bool:
@@ -133,17 +135,18 @@ class MemoryBank(nn.Module):
         if self._staged is None:
             return
         (rows, features), self._staged = self._staged, None
-        ordered, order = rows.sort(stable=True)
-        first = torch.ones_like(ordered, dtype=torch.bool)
-        first[1:] = ordered[1:] != ordered[:-1]
-        rows, features = ordered[first], features[order[first]]
-        kept = self._written[rows, None] * (self.momentum if momentum is None else momentum)
-        self.rows[rows] = F.normalize(kept * self.rows[rows] + (1 - kept) * features)
-        self._written[rows] = True
+        rows, order = rows.sort(stable=True)
+        # Every place of a sample writes what its first one does, so that nothing depends on their order, nor waits for the device.
+        features = features[order[torch.searchsorted(rows, rows)]]
+        sound = features.isfinite().all(dim=1, keepdim=True)
+        old, written = self.rows[rows], self._written[rows, None]
+        kept = written * (self.momentum if momentum is None else momentum)
+        self.rows[rows] = torch.where(sound, F.normalize(kept * old + (1 - kept) * features), old)
+        self._written[rows] = (written | sound).squeeze(1)
 
     def write(self, samples: Tensor, features: Tensor, momentum: float | None = None) -> None:
-        """`stage` and `commit` in one; every process must call it."""
-        self.stage(samples, features)
+        """`rows_of`, `stage` and `commit` in one; every process must call it."""
+        self.stage(self.rows_of(samples), features)
         self.commit(momentum)
 
     def get_extra_state(self) -> dict[str, Any]:
@@ -157,10 +160,11 @@ class MemoryBank(nn.Module):
         self.rows = rows.to(self.rows, copy=True)
         self._samples, self._written = (state[name].to(self.rows.device, copy=True) for name in ("samples", "written"))
         self.fingerprint = state["fingerprint"]
+        self.discard()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MemoryBank":
         super()._apply(fn, recurse)
-        moved = fn(self.rows)
+        moved = fn(self.rows[:0])  # where to, and to what
         # An average of features in half precision would not move.
         self.rows = self.rows.to(moved.device, torch.promote_types(moved.dtype, torch.float32))
         self._samples, self._written = self._samples.to(self.rows.device), self._written.to(self.rows.device)
