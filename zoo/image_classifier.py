@@ -132,7 +132,7 @@ class ImageClassifier(LightningModule):
         """
         groups = self.image_input.prepare(images, self.device)
         with evaluating(self):
-            logits = [self(group) for group in groups]
+            logits = [self(group.to(self.head.weight.dtype)) for group in groups]
         return torch.cat(logits).float().softmax(dim=1)
 
     def on_fit_start(self) -> None:

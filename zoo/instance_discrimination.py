@@ -287,7 +287,7 @@ class InstanceDiscrimination(LightningModule):
             # In logarithms; a weight of zero has none.
             old, new = (math.log(weight) if weight else -math.inf for weight in (self.partition_momentum, 1 - self.partition_momentum))
             estimate = torch.logaddexp(self.log_partition + old, estimate + new)
-        self.log_partition.copy_(estimate)
+        self.log_partition.copy_(torch.where(estimate.isfinite(), estimate, self.log_partition))  # a batch may have overflowed
 
     # Evaluation by nearest neighbours in the bank
 
@@ -325,10 +325,10 @@ class InstanceDiscrimination(LightningModule):
         if self._labelled is not None:
             rows, row_label = self._labelled
             classes = int(row_label.max()) + 1
-            found = knn_predict(features.float(), rows, row_label, min(self.knn, len(rows)), self.temperature, classes)
-            known = int((label >= 0).sum())
-            right = (found == label).sum() / max(known, 1)
-            self.log(f"{stage}/knn_bank", right, prog_bar=True, batch_size=known, sync_dist=True)
+            query = features.float().nan_to_num(0.0, 0.0, 0.0)  # of a training that diverged, no neighbour is right
+            found = knn_predict(query, rows, row_label, min(self.knn, len(rows)), self.temperature, classes)
+            right, known = (found == label) & features.isfinite().all(dim=1), int((label >= 0).sum())
+            self.log(f"{stage}/knn_bank", right.sum() / max(known, 1), prog_bar=True, batch_size=known, sync_dist=True)
         return {"embedding": features, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

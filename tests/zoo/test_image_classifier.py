@@ -212,6 +212,16 @@ def test_predict_takes_raw_images() -> None:
     torch.testing.assert_close(model.predict(raw[0]), expected[:1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_predict_in_true_precisions(dtype: torch.dtype) -> None:
+    """As a trainer with 64-true or bf16-true leaves the model."""
+    model, images = shaken(), torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    expected = model.predict(images)
+    found = model.to(dtype).predict(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
+
+
 def test_predict_brings_images_to_size_as_torchvision_does() -> None:
     from torchvision import transforms
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder, ModelCheckpoint
 from torch import Tensor, nn
 
 import litzoo
@@ -163,8 +163,6 @@ def test_two_processes_equal_one_on_the_global_batch(tmp_path: Path, two_process
 
 @pytest.mark.parametrize("objective", ["softmax", "nce", "nce, shared"])
 def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(objective: str, tmp_path: Path) -> None:
-    from lightning.pytorch.callbacks import ModelCheckpoint
-
     def run(folder: Path, ckpt_path: Path | None = None, **settings: Any) -> InstanceDiscrimination:
         seed_everything(3, verbose=False)
         data = data_of(batch_size=32, augmentation="instdisc", seed=None)
@@ -376,6 +374,23 @@ def test_partition_is_estimated_once_or_followed() -> None:
     assert float(constant.log_partition) == pytest.approx(1.0)
     expected = torch.tensor([0.9, 0.1]).log() + torch.tensor([1.0, 3.0])
     assert float(followed.log_partition) == pytest.approx(float(expected.logsumexp(0)))
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.9])
+def test_a_batch_that_overflowed_leaves_the_partition(momentum: float) -> None:
+    model = model_of(data_of(), objective="nce", partition_momentum=momentum)
+    model._trainer = Trainer(max_epochs=1, **QUIET)
+    for similarity in (float("nan"), 0.2, float("nan"), 0.2):
+        model._update_partition(torch.full((4, 10), similarity))
+    assert float(model.log_partition) == pytest.approx(1.0)
+
+
+def test_a_training_that_diverged_is_validated() -> None:
+    data = data_of()
+    model = model_of(data, flat=False, optimizer=lambda params: torch.optim.SGD(params, lr=1e30))
+    trainer = Trainer(max_epochs=2, **QUIET)
+    trainer.fit(model, datamodule=data)
+    assert float(trainer.callback_metrics["val/knn_bank"]) == 0
 
 
 def test_views_share_a_row_and_plain_tuples_work() -> None:

@@ -16,7 +16,7 @@ class MemoryBank(nn.Module):
     The rows are no buffer: DDP would broadcast them over what the other processes wrote, weight averages would average
     them and exports would carry them. They are a plain tensor that follows the module to its device, in float32 (float64
     in a float64 module), and travel in a checkpoint as extra state. Every process holds the same rows: `stage` gathers
-    features and samples over all of them, `commit` writes them, which is best done after the step.
+    features and their rows over all of them, `commit` writes them, which is best done after the step.
 
     Until `start` the bank is empty, so a model that is only used costs no memory for it.
 
