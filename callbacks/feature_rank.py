@@ -31,7 +31,7 @@ class FeatureRank(FeatureObserver):
     Args:
         features: what is looked at: "encode" for `pl_module.encode(x)`, or "forward".
         warn_below: rank under which the features count as collapsed; 0 never warns.
-        every_n_epochs: of a training, look at the first epoch, every n-th and the last one.
+        every_n_epochs: of a training, look at the first epoch that is validated, also after a resume, every n-th and the last one.
 
     Raises:
         ValueError: if a setting is out of range.
@@ -61,7 +61,7 @@ class FeatureRank(FeatureObserver):
         self._gram = None
 
     def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        found = gram(batch_features(trainer, pl_module, self.features, batch)[0])
+        found = gram(batch_features(trainer, pl_module, self.features, batch))
         self._gram = found if self._gram is None else self._gram + found
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
@@ -72,8 +72,8 @@ class FeatureRank(FeatureObserver):
             return
         total = torch.zeros(int(size), int(size), dtype=torch.double, device=pl_module.device) if self._gram is None else self._gram
         rank = float(effective_rank_of_gram(trainer.strategy.reduce(total, reduce_op="sum")))
-        log_score(pl_module, f"{stage}/feature_rank{'' if self.features == 'encode' else '_forward'}", rank)
-        if rank < self.warn_below and not self._warned:
+        log_score(pl_module, f"{stage}/feature_rank{self.suffix}", rank)
+        if rank < self.warn_below <= len(total) and not self._warned:  # a single feature cannot collapse
             self._warned = True
             rank_zero_warn(
                 f"FeatureRank: the {len(total)} features of {type(pl_module).__name__}.{self.features} spread over {rank:.1f} "

@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -50,20 +50,34 @@ def to_device(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     return trainer.strategy.batch_to_device(batch, pl_module.device)
 
 
+def inputs_of(pl_module: LightningModule, batch: Any) -> Tensor:
+    """Inputs of a batch with labels or without. Views in a `Batch` are samples of their own; of a list of views, the first one is taken.
+
+    Raises:
+        ValueError: if it holds none.
+    """
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if isinstance(inputs, (tuple, list)) and inputs:
+        inputs = inputs[0]
+    if isinstance(inputs, Tensor):
+        return inputs.flatten(0, 1) if isinstance(batch, Batch) and inputs.dim() == 5 else inputs
+    raise ValueError(
+        f"the batches of {type(pl_module).__name__} are no inputs, but {type(batch).__name__}: "
+        "let the loader yield x, (x, ...), or a litzoo Batch"
+    )
+
+
 def samples_of(pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
-    """Inputs and labels `(B,)` of a batch. Views in a `Batch` are samples of their own; of a list of views, the first one is taken.
+    """Inputs, as by `inputs_of`, and labels `(B,)` of a batch.
 
     Raises:
         ValueError: if it is no batch of inputs and labels.
     """
     with contextlib.suppress(TypeError):
-        inputs, label = input_and_label(batch)
-        if isinstance(inputs, (list, tuple)) and inputs:
-            inputs = inputs[0]
-        if isinstance(inputs, Tensor) and isinstance(label, Tensor) and label.dim() == 1 and not label.is_floating_point():
-            if isinstance(batch, Batch) and inputs.dim() == 5:
-                return inputs.flatten(0, 1), label.long().repeat_interleave(inputs.shape[1])
-            return inputs, label.long()
+        label = input_and_label(batch)[1]
+        if isinstance(label, Tensor) and label.dim() == 1 and not label.is_floating_point():
+            is_views = isinstance(batch, Batch) and batch.input.dim() == 5
+            return inputs_of(pl_module, batch), label.long().repeat_interleave(batch.input.shape[1]) if is_views else label.long()
     raise ValueError(
         f"the batches of {type(pl_module).__name__} are no pairs of inputs and labels (batch,), but {type(batch).__name__}: "
         "let the loader yield (x, y), or a litzoo Batch"
@@ -254,10 +268,11 @@ def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Featur
     del parts
     if trainer.world_size > 1:
         found, label, key = (_gathered(trainer, pl_module, column) for column in (found, label, key))
+        order = key.argsort()
+        found, label, key = found[order], label[order], key[order]
     if len(key) == 0:
         raise ValueError("the loader of training samples is empty: give a reference_loader that can be gone through several times")
-    order = key.argsort()
-    return FeatureBank(found[order], label[order], key[order])
+    return FeatureBank(found, label, key)
 
 
 def _gathered(trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
@@ -296,21 +311,20 @@ class _Memo:
 
     def __init__(self) -> None:
         self.batch: Any = None
-        self.features: dict[Features, tuple[Tensor, Tensor]] = {}
+        self.features: dict[Features, Tensor] = {}
         self.banks: dict[tuple[Features, int | None], FeatureBank] = {}
 
 
 _MEMOS: WeakKeyDictionary[Trainer, _Memo] = WeakKeyDictionary()
 
 
-def batch_features(trainer: Trainer, pl_module: LightningModule, features: Features, batch: Any) -> tuple[Tensor, Tensor]:
-    """Features `(B, D)` and labels `(B,)` of an evaluation batch."""
+def batch_features(trainer: Trainer, pl_module: LightningModule, features: Features, batch: Any) -> Tensor:
+    """Features `(B, D)` of an evaluation batch."""
     memo = _MEMOS.setdefault(trainer, _Memo())
     if memo.batch is not batch:
         memo.batch, memo.features = batch, {}
     if features not in memo.features:
-        inputs, label = samples_of(pl_module, batch)
-        memo.features[features] = encode(trainer, pl_module, features, inputs), label
+        memo.features[features] = encode(trainer, pl_module, features, inputs_of(pl_module, batch))
     return memo.features[features]
 
 
@@ -368,6 +382,14 @@ def refuse_training_loader(callback: Callback, trainer: Trainer, reference_loade
         raise refuse(callback, "must not go through the training's own loader", "give a second loader as reference_loader, unshuffled")
 
 
+def labelled_training_samples(trainer: Trainer) -> int | None:
+    """How many training samples have a label, if the data say so by their `class_counts`."""
+    counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+    if counts is None:
+        return None
+    return int(sum(counts.values() if isinstance(counts, Mapping) else counts))
+
+
 def known_classes(trainer: Trainer, pl_module: LightningModule, given: int | None) -> int | None:
     """The number of classes: the given one, else the model's or the data's, else None."""
     owners = (getattr(pl_module, "hparams", None) or {}).get("num_classes"), getattr(pl_module, "num_classes", None)
@@ -380,11 +402,11 @@ def known_classes(trainer: Trainer, pl_module: LightningModule, given: int | Non
 class FeatureObserver(Callback):
     """Base of callbacks that look at validation and test samples; of several evaluation loaders, the first one counts.
 
-    A subclass says what to do in `begin`, `see` and `conclude`. The sanity check is left out.
+    A subclass says what to do in `begin`, `see` and `conclude`. The sanity check sees, so that mistakes show up, and concludes nothing.
 
     Args:
         features: the module's method that gives the features `(B, D)` of inputs: "encode" or "forward".
-        every_n_epochs: of a training, look at the first epoch, every n-th and the last one.
+        every_n_epochs: of a training, look at the first epoch that is validated, also after a resume, every n-th and the last one.
     """
 
     def __init__(self, features: Features, every_n_epochs: int) -> None:
@@ -394,6 +416,17 @@ class FeatureObserver(Callback):
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
         self.features: Features = features
         self.every_n_epochs = every_n_epochs
+        # Which epoch of this training was validated first.
+        self._first_epoch: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(features=self.features)
+
+    @property
+    def suffix(self) -> str:
+        """The end of the names under which scores are logged and pictures written."""
+        return "" if self.features == "encode" else "_forward"
 
     def begin(self) -> None:
         """An evaluation starts."""
@@ -416,12 +449,17 @@ class FeatureObserver(Callback):
                 f"needs the features of {type(pl_module).__name__}, which has no {self.features}",
                 f"define {self.features}(self, x) -> (batch, dimensions), or set features={other!r}",
             )
+        if any(callback is not self and callback.state_key == self.state_key for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise refuse(self, "would use the same names as another one of its kind", "keep one of the two, or change what names it")
+        self._first_epoch = None
 
     def _is_due(self, trainer: Trainer) -> bool:
-        if trainer.sanity_checking:
-            return False
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return True
         epoch = trainer.current_epoch
-        return trainer.state.fn != "fit" or epoch == 0 or (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
+        if self._first_epoch is None:
+            self._first_epoch = epoch
+        return epoch == self._first_epoch or (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.begin()
@@ -442,7 +480,7 @@ class FeatureObserver(Callback):
             self.see(trainer, pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(trainer):
+        if self._is_due(trainer) and not trainer.sanity_checking:
             self.conclude(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

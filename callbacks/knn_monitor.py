@@ -16,10 +16,11 @@ from .features import (
     batch_features,
     check_reference_loader,
     directions,
-    known_classes,
+    labelled_training_samples,
     log_score,
     refuse_training_loader,
     refuse_without_training_samples,
+    samples_of,
     training_features,
 )
 from .guards import refuse
@@ -47,17 +48,17 @@ class KNNMonitor(FeatureObserver):
         k: neighbours that vote.
         temperature: T of their weights.
         features: what is compared: "encode" for `pl_module.encode(x)`, or "forward".
-        every_n_epochs: of a training, score the first epoch, every n-th and the last one.
+        every_n_epochs: of a training, score the first epoch that is validated, also after a resume, every n-th and the last one; between
+            them the last score stands, which `EarlyStopping` counts as no improvement.
         reference_loader: batches `(x, y)` of training samples, the same on every process or with a distributed sampler; by
             default those of the data module's `eval_train_dataloader`.
         scores: precision of the inner products: "fp32", or "bf16", which is faster.
-        num_classes: by default the model's or the data's, else that of the training labels.
 
     Raises:
         ValueError: if a setting is out of range, or a batch is no pair of inputs and labels.
         TypeError: if `reference_loader` can be gone through only once.
-        MisconfigurationException: at the start, if the module has no such method, or there are no training samples, fewer than k,
-            or none with a label; where their number is not known before, after the first epoch.
+        MisconfigurationException: at the start, if the module has no such method, another monitor has the same name, or there are no
+            training samples, fewer than k, or none with a label; where their number is not known before, after the first epoch.
 
     Example:
         >>> monitor = KNNMonitor(k=20)
@@ -76,7 +77,6 @@ class KNNMonitor(FeatureObserver):
         every_n_epochs: int = 1,
         reference_loader: Iterable[Any] | None = None,
         scores: Scores = "fp32",
-        num_classes: int | None = None,
     ) -> None:
         super().__init__(features, every_n_epochs)
         if k < 1:
@@ -90,13 +90,16 @@ class KNNMonitor(FeatureObserver):
         self.temperature = temperature
         self.reference_loader = reference_loader
         self.scores: Scores = scores
-        self.num_classes = num_classes
         # Features and labels of the evaluated samples.
         self._queries: list[tuple[Tensor, Tensor]] = []
 
     def metric(self, stage: Literal["val", "test"] = "val") -> str:
         """The name under which the accuracy is logged."""
         return f"{stage}/knn_k{self.k}_t{self.temperature:g}_{self.features}"
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(metric=self.metric())
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -114,21 +117,16 @@ class KNNMonitor(FeatureObserver):
         self._queries = []
 
     def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self._queries.append(batch_features(trainer, pl_module, self.features, batch))
+        _, label = samples_of(pl_module, batch)
+        self._queries.append((batch_features(trainer, pl_module, self.features, batch), label))
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         bank, label, _ = training_features(trainer, pl_module, self.features, self.reference_loader)
-        known = label >= 0
-        bank, label = bank[known], label[known]
+        number = int((label >= 0).sum())
         # fast_dev_run encodes one batch of training samples.
-        k = min(self.k, len(bank)) if getattr(trainer, "fast_dev_run", False) else self.k
-        self._check_number(len(bank), k)
-        least = int(label.max()) + 1
-        classes = known_classes(trainer, pl_module, self.num_classes) or least
-        if classes < least:
-            raise ValueError(
-                f"KNNMonitor has {classes} classes, but there are training labels up to {least - 1}: set num_classes to {least}"
-            )
+        k = min(self.k, number) if getattr(trainer, "fast_dev_run", False) else self.k
+        self._check_number(number, k)
+        label, classes = label.clamp(min=-1), int(label.max()) + 1
         right = samples = 0
         if self._queries:  # else this process had no batch
             query, true = (torch.cat(parts) for parts in zip(*self._queries, strict=True))
@@ -142,12 +140,13 @@ class KNNMonitor(FeatureObserver):
         """How many labelled training samples there are, or at most, as far as that can be told without a pass over them."""
         loader = self.reference_loader
         if loader is None:
-            counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
-            return None if counts is None else int(sum(counts))
+            return labelled_training_samples(trainer)
         if isinstance(loader, (list, tuple)):
             return sum(int((input_and_label(batch)[1] >= 0).sum()) for batch in loader)
         dataset: Any = getattr(loader, "dataset", None)
-        return len(dataset) if hasattr(dataset, "__len__") else None
+        # Without a batch sampler, an item of the data set may be a batch.
+        is_known = hasattr(dataset, "__len__") and getattr(loader, "batch_sampler", None) is not None
+        return len(dataset) if is_known else None
 
     def _check_number(self, number: int, k: int) -> None:
         if number == 0:

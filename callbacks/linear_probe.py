@@ -17,6 +17,7 @@ from .features import (
     batch_features,
     encode,
     known_classes,
+    labelled_training_samples,
     log_score,
     samples_of,
 )
@@ -32,7 +33,7 @@ class LinearProbe(FeatureObserver):
 
     Features of training are those that the step itself computes, augmented and in training mode, where it calls `encode` on the batch's
     inputs; else the inputs are encoded once more, in evaluation mode. Views `(B, V, C, H, W)` of a `Batch` all count; samples with
-    the label -1 do not. In evaluation, features are those of evaluation mode. The accuracy lags a little behind that of a probe trained to its
+    the label -1, or with features that are not finite, do not. In evaluation, features are those of evaluation mode. The accuracy lags a little behind that of a probe trained to its
     end on a frozen encoder, which a paper's table shows.
 
     Logs `train/probe_loss`, `val/probe_accuracy` and `test/probe_accuracy`, with `features="forward"` followed by `_forward`, over
@@ -85,10 +86,6 @@ class LinearProbe(FeatureObserver):
         self._right: Tensor | int = 0
         self._samples: Tensor | int = 0
 
-    @property
-    def state_key(self) -> str:
-        return self._generate_state_key(features=self.features)
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
@@ -99,8 +96,7 @@ class LinearProbe(FeatureObserver):
             raise refuse(
                 self, f"does not know how many classes there are: neither {type(pl_module).__name__} nor the data say", "set num_classes"
             )
-        counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
-        if counts is not None and sum(counts) == 0:
+        if labelled_training_samples(trainer) == 0:
             raise refuse(self, "has nothing to learn, no training sample has a label", "leave it out, or watch FeatureRank instead")
         self._classes = classes
         self._tap = FeatureTap(pl_module, self.features)
@@ -145,6 +141,8 @@ class LinearProbe(FeatureObserver):
     def _step(self, trainer: Trainer, features: Tensor, label: Tensor) -> None:
         """A step on the samples of all processes."""
         assert self._optimizer is not None
+        finite = features.isfinite().all(dim=1)  # of a step whose loss has overflowed, nothing may stay
+        features, label = features.where(finite[:, None], 0.0), label.where(finite, -1)
         with torch.enable_grad():
             logits = F.linear(features, *self._weights)
             try:
@@ -167,16 +165,13 @@ class LinearProbe(FeatureObserver):
         self._remove_tap()  # of a batch that the module has cut short
         loss, samples = self._loss.tolist()
         if samples and self._epoch == trainer.current_epoch:
-            log_score(pl_module, f"train/probe_loss{self._suffix}", loss / samples, prog_bar=False)
-
-    @property
-    def _suffix(self) -> str:
-        return "" if self.features == "encode" else "_forward"
+            log_score(pl_module, f"train/probe_loss{self.suffix}", loss / samples, prog_bar=False)
 
     def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         weights = self._weights or [self._saved[name].to(pl_module.device) for name in ("weight", "bias") if self._saved]
         if weights:
-            features, label = batch_features(trainer, pl_module, self.features, batch)
+            _, label = samples_of(pl_module, batch)
+            features = batch_features(trainer, pl_module, self.features, batch)
             guess = F.linear(features, *weights).argmax(dim=1)
             self._right = self._right + ((guess == label) & (label >= 0)).sum()
             self._samples = self._samples + (label >= 0).sum()
@@ -184,7 +179,7 @@ class LinearProbe(FeatureObserver):
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         accuracy = accuracy_over_processes(trainer, pl_module, self._right, self._samples)
         if accuracy is not None:
-            log_score(pl_module, f"{stage}/probe_accuracy{self._suffix}", accuracy)
+            log_score(pl_module, f"{stage}/probe_accuracy{self.suffix}", accuracy)
 
     def state_dict(self) -> dict[str, Any]:
         if self._optimizer is None:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..zoo.functional.nearest_neighbours import nearest_neighbours
 from .features import (
-    FeatureBank,
     FeatureObserver,
     Features,
+    batch_features,
     check_reference_loader,
     directions,
-    encode,
     known_classes,
     loader_of,
     refuse_training_loader,
@@ -30,8 +29,8 @@ from .predictions import class_names_of, output_folder
 class NeighbourGallery(FeatureObserver):
     """Writes a picture of validation samples and the training samples that lie nearest to them.
 
-    `neighbours/val.png` in the run's folder shows the latest validation that was drawn, `neighbours/test.png` the test. Each row is a
-    sample of that split, always the same ones, spread evenly over it, and the training samples with the largest cosine similarity
+    `neighbours/val.png` in the run's folder shows the latest validation that was drawn, `neighbours/test.png` the test, with
+    `features="forward"` followed by `_forward`. Each row is a sample of that split, always the same ones, spread evenly over it, and the training samples with the largest cosine similarity
     of features; the frame says whether they are of its class, the title how many of all are. Images are shown as they were before normalisation,
     by the data's or the model's `image_mean` and `image_std`, else from their darkest to their brightest value; clouds `(N, 3)` and
     vectors `(D,)` as such.
@@ -41,12 +40,12 @@ class NeighbourGallery(FeatureObserver):
     first one counts; the sanity check draws nothing. It has no state, and leaves training and random streams alone.
 
     Cost: a pass over the training set without gradients, shared with `KNNMonitor`, another one that only reads it, to find the
-    neighbours' inputs, and about 0.5 s for 8 queries. Composes with every callback; under `EMA` and `SWA` it shows the average.
+    neighbours' inputs, the batches that the queries come from once more, and about 0.5 s for 8 queries. Composes with every callback; under `EMA` and `SWA` it shows the average.
 
     Args:
         queries: rows of the picture.
         neighbours: columns.
-        every_n_epochs: of a training, draw the first epoch, every n-th and the last one.
+        every_n_epochs: of a training, draw the first epoch that is validated, also after a resume, every n-th and the last one.
         features: what is compared: "encode" for `pl_module.encode(x)`, or "forward".
         reference_loader: batches `(x, y)` of training samples, the same on every process or with a distributed sampler; by
             default those of the data module's `eval_train_dataloader`.
@@ -90,9 +89,9 @@ class NeighbourGallery(FeatureObserver):
 
     def begin(self) -> None:
         self._seen = 0
-        # Every so many-th sample is kept: its input and label.
+        # Every so many-th sample is kept: its picture, features and label.
         self._stride = 1
-        self._kept: list[tuple[Tensor, int]] = []
+        self._kept: list[tuple[np.ndarray, Tensor, int]] = []
 
     def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if not trainer.is_global_zero:
@@ -100,7 +99,8 @@ class NeighbourGallery(FeatureObserver):
         inputs, label = samples_of(pl_module, batch)
         for row, known in enumerate(label.tolist()):
             if (self._seen + row) % self._stride == 0:
-                self._kept.append((inputs[row].detach().cpu(), known))
+                features = batch_features(trainer, pl_module, self.features, batch)[row].clone()
+                self._kept.append((self._picture(trainer, pl_module, inputs[row].cpu()), features, known))
                 if len(self._kept) == 2 * self.queries:  # how many there will be is unknown
                     self._kept, self._stride = self._kept[::2], 2 * self._stride
         self._seen += len(label)
@@ -113,7 +113,11 @@ class NeighbourGallery(FeatureObserver):
         places = np.linspace(0, len(self._kept) - 1, min(self.queries, len(self._kept))).round().astype(int)
         queries = [self._kept[place] for place in places]
         # Only the first process has queries, but every one has to look for the neighbours.
-        similarity, nearest = trainer.strategy.broadcast(self._nearest(trainer, pl_module, [query for query, _ in queries], bank))
+        nearest, similarity = torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0)
+        if queries:
+            query = directions(torch.stack([features for _, features, _ in queries]))
+            similarity, nearest = nearest_neighbours(query, bank.features, min(self.neighbours, len(bank.features)))
+        similarity, nearest = trainer.strategy.broadcast((similarity.cpu(), nearest.cpu()))
         if len(nearest) == 0:
             return
         keys, labels = bank.key.cpu()[nearest], bank.label.cpu()[nearest].clamp(min=-1)
@@ -123,7 +127,7 @@ class NeighbourGallery(FeatureObserver):
         from ..zoo.plots.figures import save_figure
         from ..zoo.plots.neighbours import Neighbour, plot_neighbours
 
-        own = torch.tensor([label for _, label in queries]).clamp(min=-1)
+        own = torch.tensor([label for _, _, label in queries]).clamp(min=-1)
         least = 1 + max(int(bank.label.max()), int(own.max()))
         classes = len(self.class_names) if self.class_names is not None else known_classes(trainer, pl_module, None)
         names = class_names_of(trainer, pl_module, self.class_names, max(least, classes or 0))
@@ -140,22 +144,12 @@ class NeighbourGallery(FeatureObserver):
         ]
         title = f"{stage}: {int(same.sum())} of {int(known.sum())} neighbours are of the query's class"
         figure = plot_neighbours(
-            [self._picture(trainer, pl_module, query) for query, _ in queries],
+            [picture for picture, _, _ in queries],
             [names[label] for label in own.tolist()],
             rows,
             f"epoch {trainer.current_epoch}, {title}" if trainer.state.fn == "fit" else title,
         )
-        save_figure(figure, folder / f"{stage}.png")
-
-    def _nearest(self, trainer: Trainer, pl_module: LightningModule, queries: list[Tensor], bank: FeatureBank) -> tuple[Tensor, Tensor]:
-        """Cosine similarities and positions in the bank of each query's neighbours, `(queries, neighbours)`, on the CPU."""
-        if not queries:
-            return torch.zeros(0, 0), torch.zeros(0, 0, dtype=torch.long)
-        # One by one, because clouds may differ in their number of points.
-        features = [encode(trainer, pl_module, self.features, query[None].to(pl_module.device)) for query in queries]
-        count = min(self.neighbours, len(bank.features))
-        similarity, nearest = nearest_neighbours(directions(torch.cat(features)), bank.features, count)
-        return similarity.cpu(), nearest.cpu()
+        save_figure(figure, folder / f"{stage}{self.suffix}.png")
 
     def _picture(self, trainer: Trainer, pl_module: LightningModule, sample: Tensor) -> np.ndarray:
         """A sample as `plot_neighbours` takes it."""
@@ -168,9 +162,12 @@ class NeighbourGallery(FeatureObserver):
                 f"NeighbourGallery draws images (C, H, W), clouds (N, 3) and vectors (D,), but the inputs have shape {tuple(sample.shape)}"
             )
         for owner in (getattr(trainer, "datamodule", None), pl_module):
-            mean, std = getattr(owner, "image_mean", None), getattr(owner, "image_std", None)
-            if mean is not None and std is not None and len(mean) == len(std) == len(image):
-                image = image * torch.as_tensor(std).view(-1, 1, 1) + torch.as_tensor(mean).view(-1, 1, 1)
+            scale = [getattr(owner, name, None) for name in ("image_mean", "image_std")]
+            if any(x is None for x in scale):
+                continue
+            mean, std = (torch.as_tensor(x, dtype=torch.float, device="cpu").reshape(-1, 1, 1) for x in scale)
+            if len(mean) == len(std) == len(image):
+                image = image * std + mean
                 break
         else:
             image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)

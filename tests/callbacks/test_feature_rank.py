@@ -38,6 +38,15 @@ def test_rank_of_the_whole_epoch(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["test/feature_rank"]) == pytest.approx(float(effective_rank(features(model, batches(7, 6)))))
 
 
+def test_needs_no_labels(tmp_path: Path) -> None:
+    model = Net()
+    model.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    x = [x for x, _ in batches(9, 5)]
+    for pairs in (x, [(part,) for part in x], [(part, part + 1) for part in x], [[[part, part + 1]] for part in x]):
+        found = make_trainer(tmp_path, FeatureRank()).validate(model, Loader(pairs), verbose=False)[0]  # type: ignore[arg-type]
+        assert found["val/feature_rank"] == pytest.approx(float(effective_rank(features(model, batches(9, 5)))))
+
+
 def test_of_the_logits(tmp_path: Path) -> None:
     model = Net()
     trainer = make_trainer(tmp_path, FeatureRank(), FeatureRank(features="forward"))
@@ -52,7 +61,7 @@ def test_epochs(tmp_path: Path) -> None:
     callback, epochs = FeatureRank(every_n_epochs=3), []
     model = Net()
     model.encode = lambda x: (epochs.append(trainer.current_epoch), Net.encode(model, x))[1]  # type: ignore[method-assign]
-    trainer = make_trainer(tmp_path, callback, max_epochs=5)
+    trainer = make_trainer(tmp_path, callback, max_epochs=5, num_sanity_val_steps=0)
     model.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
     trainer.fit(model, Loader(batches(0)), Loader(batches(9, 1)))
     counts = [epochs.count(epoch) - 7 for epoch in range(5)]  # without the training's own
@@ -70,7 +79,17 @@ def test_warns_once_of_a_collapse(tmp_path: Path) -> None:
         assert "learning rate" in found[0]
 
 
-@pytest.mark.parametrize(("model", "below"), [(Net(), 1.5), (Collapsed(), 0.0)])
+class Single(Net):
+    """One feature, which cannot collapse."""
+
+    def encode(self, x: Tensor) -> Tensor:
+        return super().encode(x)[:, :1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().encode(x))
+
+
+@pytest.mark.parametrize(("model", "below"), [(Net(), 1.5), (Collapsed(), 0.0), (Single(), 1.5)])
 def test_does_not_warn(model: Net, below: float, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -118,8 +137,8 @@ def test_mistakes(tmp_path: Path) -> None:
         make_trainer(tmp_path, FeatureRank()).validate(Wrong(), Loader(batches(9, 2)), verbose=False)
     model = Net()
     model.validation_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
-    with pytest.raises(ValueError, match="the batches of Net are no pairs of inputs and labels"):
-        make_trainer(tmp_path, FeatureRank()).validate(model, [{"x": torch.zeros(4, 2)}], verbose=False)
+    with pytest.raises(ValueError, match="the batches of Net are no inputs, but dict: let the loader yield x"):
+        make_trainer(tmp_path, FeatureRank()).validate(model, Loader([{"x": torch.zeros(4, 2)}]), verbose=False)  # type: ignore[list-item]
 
 
 def run_rank(folder: Path) -> None:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from matrix import FEATURES, Loader, Net, batches, make_trainer, precision_settings
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
-from litzoo.callbacks import KNNMonitor, NeighbourGallery
+from litzoo.callbacks import FeatureRank, KNNMonitor, LinearProbe, NeighbourGallery
 from litzoo.callbacks.features import FeatureTap, encode_loader, samples_at, samples_of
 from litzoo.datamodules.arrays import ArrayDataModule, Arrays
 from litzoo.zoo.batch import Batch
@@ -226,7 +227,7 @@ def test_encoded_once_for_all(tmp_path: Path) -> None:
     ]
     trainer = make_trainer(tmp_path, *callbacks, num_sanity_val_steps=0)
     trainer.validate(model, Loader(batches(9, 2)), verbose=False)
-    assert model.evaluated == SAMPLES + 8 + 2  # the training set, the validation set, and the gallery's queries
+    assert model.evaluated == SAMPLES + 8  # the training set and the validation set
     assert trainer not in _MEMOS
     # Nor after an exception.
     model.validation_step = lambda batch, batch_idx: 1 / batch_idx  # type: ignore[method-assign, assignment]
@@ -296,6 +297,64 @@ def test_tap() -> None:
     tap.insert()
     tap.remove()
     assert vars(model)["encode"] is hidden
+
+
+def test_the_sanity_check_shows_mistakes(tmp_path: Path) -> None:
+    """Before an epoch was trained."""
+
+    class Map(Net):
+        def encode(self, x: Tensor) -> Tensor:
+            return super().encode(x)[:, :, None, None]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.encode(x).flatten(1))
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...  # type: ignore[override]
+
+    by_name: Any = [{"x": x, "y": y} for x, y in batches(9, 2)]
+    for val, match in ((batches(9, 2), r"Map.encode must give features \(4, D\)"), (by_name, "the batches of Map are no .*inputs")):
+        for callback in (KNNMonitor(3, reference_loader=batches(3)), NeighbourGallery(reference_loader=batches(3)), FeatureRank()):
+            model = Map()
+            with pytest.raises(ValueError, match=match):
+                make_trainer(tmp_path, callback).fit(model, Loader(batches(0)), Loader(val))
+            assert model.steps == 0
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_the_first_validated_epoch_counts(every: int, tmp_path: Path) -> None:
+    """So that `ModelCheckpoint` finds a score wherever a training begins, or goes on."""
+
+    def train(epochs: int, **settings: Any) -> Any:
+        monitor = KNNMonitor(5, every_n_epochs=4, reference_loader=batches(3))
+        best = ModelCheckpoint(tmp_path, monitor=monitor.metric(), mode="max")
+        settings = {"enable_checkpointing": True, "check_val_every_n_epoch": every, "max_epochs": epochs, **settings}
+        resume = settings.pop("ckpt_path", None)
+        trainer = make_trainer(tmp_path, monitor, best, **settings)
+        trainer.fit(Net(), Loader(batches(0)), Loader(batches(9, 2)), ckpt_path=resume, weights_only=None if resume is None else False)
+        return trainer
+
+    train(9)
+    train(2).save_checkpoint(tmp_path / "last.ckpt")
+    train(9, ckpt_path=tmp_path / "last.ckpt")
+
+
+def test_names_are_used_once(tmp_path: Path) -> None:
+    """Else Lightning would log the mean of two scores, and a picture replace the other."""
+    given = batches(3)
+    for first, second in (
+        (KNNMonitor(3, reference_loader=given), KNNMonitor(3, reference_loader=batches(4))),
+        (NeighbourGallery(2, reference_loader=given), NeighbourGallery(3, reference_loader=given)),
+        (FeatureRank(), FeatureRank(warn_below=0)),
+    ):
+        with pytest.raises(MisconfigurationException, match=f"{type(first).__name__} would use the same names as another one of its kind"):
+            make_trainer(tmp_path, first, second).validate(Net(), Loader(batches(9, 2)), verbose=False)
+    apart = [
+        *(KNNMonitor(3, reference_loader=given), KNNMonitor(3, 0.2, reference_loader=given), FeatureRank()),
+        *(NeighbourGallery(2, 2, features=features, reference_loader=given) for features in ("encode", "forward")),  # type: ignore[arg-type]
+        LinearProbe(3),
+    ]
+    make_trainer(tmp_path, *apart).validate(Net(), Loader(batches(9, 2)), verbose=False)
+    assert {path.name for path in (tmp_path / "neighbours").iterdir()} == {"val.png", "val_forward.png"}
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -153,6 +153,23 @@ def test_too_few_neighbours(tmp_path: Path) -> None:
             make_trainer(tmp_path, callback).fit(Net(), datamodule=data)
 
 
+def test_an_item_of_a_data_set_may_be_a_batch(tmp_path: Path) -> None:
+    model, train = Net(), torch.utils.data.DataLoader(batches(3), batch_size=None)  # type: ignore[var-annotated, arg-type]
+    found = make_trainer(tmp_path, KNNMonitor(20, reference_loader=train)).validate(model, Loader(batches(9, 6)), verbose=False)[0]
+    assert found["val/knn_k20_t0.1_encode"] == pytest.approx(by_sklearn(model, batches(3), batches(9, 6), 20))
+
+
+def test_what_others_say_of_their_classes(tmp_path: Path) -> None:
+    """Counts by name are counts, too; a head of fewer outputs is no hindrance."""
+    model = Net()
+    model.num_classes = 2  # type: ignore[assignment]
+    data = Data(batches(3), {"cat": 8, "dog": 10, "cow": 10})  # type: ignore[arg-type]
+    found = make_trainer(tmp_path, KNNMonitor(20)).validate(model, datamodule=data, verbose=False)[0]
+    assert found["val/knn_k20_t0.1_encode"] == pytest.approx(by_sklearn(model, batches(3), batches(9, 6), 20))
+    with pytest.raises(MisconfigurationException, match="k=29 neighbours of 28"):
+        make_trainer(tmp_path, KNNMonitor(29)).validate(model, datamodule=data, verbose=False)
+
+
 def test_fast_dev_run(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, KNNMonitor(200, reference_loader=batches(3)), fast_dev_run=True)
     trainer.fit(Net(), Loader(batches(0)), Loader(batches(9, 6)))
@@ -178,8 +195,6 @@ def test_mistakes(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             KNNMonitor(**settings)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="2 classes, but there are training labels up to 2: set num_classes to 3"):
-        make_trainer(tmp_path, KNNMonitor(5, reference_loader=batches(3), num_classes=2)).validate(Net(), Loader(batches(9)), verbose=False)
 
 
 def run_rank(folder: Path) -> None:

@@ -126,6 +126,27 @@ def test_samples_without_label(tmp_path: Path) -> None:
     assert float(trainer.callback_metrics["val/probe_accuracy"]) == pytest.approx(accuracy(layer, model, val))
 
 
+def test_features_that_overflow_leave_nothing(tmp_path: Path) -> None:
+    """As in a step of half precision that is left out."""
+
+    class Overflows(Net):
+        def encode(self, x: Tensor) -> Tensor:
+            scale = torch.ones(len(x), 1)
+            if self.training and self.steps == 3:
+                scale[:2] = torch.inf
+            return super().encode(x) * scale
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:  # type: ignore[override]
+            self.steps += 1
+            loss = F.cross_entropy(self(batch[0]), batch[1])
+            return loss if loss.isfinite() else None
+
+    probe, notes = LinearProbe(CLASSES), Notes(after=False)
+    make_trainer(tmp_path, probe, notes).fit(Overflows(), Loader(batches(0)), Loader(batches(9, 2)))
+    notes.label[2] = torch.tensor([-1, -1, *notes.label[2][2:].tolist()])
+    assert_is(probe.state_dict(), by_hand(notes.features, notes.label)[0])
+
+
 def test_the_first_pass_of_sam_counts(tmp_path: Path) -> None:
     probe, notes = LinearProbe(CLASSES), Notes(after=False)
     make_trainer(tmp_path, SAM(0.5), probe, notes).fit(Net(), Loader(batches(0)), Loader(batches(9, 2)))

@@ -96,6 +96,15 @@ def test_queries_are_spread_evenly(samples: int, tmp_path: Path, drawn: Drawn) -
     assert max(gaps) <= 2 * samples / len(places) + 1
 
 
+def test_features_of_the_whole_batch(tmp_path: Path, drawn: Drawn) -> None:
+    """A single sample would have no statistics."""
+    model = Net()
+    model.norm = torch.nn.BatchNorm1d(8, track_running_stats=False)
+    trainer = make_trainer(tmp_path, NeighbourGallery(3, 5, reference_loader=batches(3, 1)))
+    trainer.validate(model, Loader(batches(9, 1)), verbose=False)
+    check(model, drawn[-1], batches(3, 1), batches(9, 1), [0, 2, 3], 4)
+
+
 def test_samples_without_label(tmp_path: Path, drawn: Drawn) -> None:
     train = [(x, torch.full_like(y, -1)) for x, y in batches(3)]
     make_trainer(tmp_path, NeighbourGallery(2, 2, reference_loader=train)).validate(Net(), Loader(batches(9, 2)), verbose=False)
@@ -140,6 +149,23 @@ def test_normalisation_is_undone(tmp_path: Path, drawn: Drawn) -> None:
         assert np.allclose(query, data.raw[place].permute(1, 2, 0), atol=1e-6)
         assert np.allclose(row[0].sample, query), "the training set is the validation set here"
         assert name == row[0].name == "cat"
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [
+        (0.4, 0.2),
+        (torch.tensor([0.4]), torch.tensor([0.2])),
+        (torch.tensor(0.4), [0.2]),
+        (np.full((1, 1, 1), 0.4), np.full((1, 1, 1), 0.2)),
+    ],
+)
+def test_normalisation_as_others_write_it(mean: Any, std: Any, tmp_path: Path, drawn: Drawn) -> None:
+    data, model = Data((1, 8, 8)), Flat()
+    model.image_mean, model.image_std = mean, std  # type: ignore[assignment]
+    data.image_mean = data.image_std = None  # type: ignore[assignment]
+    picture = NeighbourGallery()._picture(make_trainer(tmp_path), model, data.raw[0])
+    assert np.allclose(picture[..., 0], data.raw[0, 0] * 0.2 + 0.4)
 
 
 @pytest.mark.parametrize(
