@@ -81,3 +81,12 @@ def test_mistakes() -> None:
     for wrong in (np.zeros((2, 2, 2, 2)), np.zeros(0), np.zeros((5, 4)), np.zeros((4, 4, 2))):
         with pytest.raises(ValueError, match="must"):
             plot_neighbours([wrong], ["a"], [[one]])
+
+
+def test_nothing_is_cut_off_a_single_neighbour() -> None:
+    figure = plot_neighbours([np.random.rand(8, 8, 3)], ["a"], [[Neighbour(np.random.rand(8, 8, 3), "b", -0.5, same=False)]])
+    figure.canvas.draw()
+    for text in figure.texts:
+        box = text.get_window_extent()
+        assert box.x0 >= 0, text
+        assert box.x1 <= figure.bbox.width, text

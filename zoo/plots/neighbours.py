@@ -73,10 +73,13 @@ def plot_neighbours(
     samples = [*queries, *(neighbour.sample for row in neighbours for neighbour in row)]
     reach = max((float(np.abs(sample).max()) for sample in samples if np.ndim(sample) == 1 and np.size(sample)), default=1.0) or 1.0
     labels = [shorten(name, _LETTERS) for name in [*names, *(neighbour.name for row in neighbours for neighbour in row)]]
-    number = text_width(["0.000"], _FONT - 1) + 0.06
+    number = text_width(["-0.000"], _FONT - 1) + 0.06
     side = max(_SIDE, text_width(labels, _FONT) + number)
     pitch = side + _GAP
     width = 2 * _MARGIN + pitch * (columns + 1) - _GAP + _APART
+    first = _MARGIN + pitch + _APART
+    caption = "nearest training samples and their cosine similarity"
+    width = max(width, first + text_width([caption], _FONT) + _MARGIN)
     # The legend must not meet the title.
     legend = text_width(["same class", "other class"], _FONT) * 2 + 1.0
     width = max(width, 2 * _MARGIN + text_width([title], _FONT + 3) + legend + 0.3)
@@ -85,8 +88,7 @@ def plot_neighbours(
 
     figure.text(_MARGIN / width, 1 - _MARGIN / height, title, ha="left", va="top", fontsize=_FONT + 3, color=INK)
     _draw_legend(figure, width - _MARGIN, _MARGIN + 0.09)
-    first = _MARGIN + pitch + _APART
-    for left, text in ((_MARGIN, "query"), (first, "nearest training samples and their cosine similarity")):
+    for left, text in ((_MARGIN, "query"), (first, caption)):
         figure.text(left / width, 1 - (_MARGIN + _HEADER - 0.14) / height, text, ha="left", va="bottom", fontsize=_FONT, color=MUTED)
     for row, (query, name, found) in enumerate(zip(queries, names, neighbours, strict=True)):
         top = _MARGIN + _HEADER + row * (side + _LINE + _GAP)
