@@ -31,19 +31,24 @@ def run_split(
 ) -> dict[str, float]:
     """Train and score one split in processes of their own; returns the test metrics, and of validation what the choice goes by."""
     result = runs / f"{name}_{'seed' if same_split else 'split'}_{seed}.json"
-    if not result.is_file():
+    metrics: dict[str, float] = json.loads(result.read_text()) if result.is_file() else {}
+    if not metrics:
         shared = ["--config", recipe, "--trainer.default_root_dir", str(runs), "--name", result.stem]
         shared += ["--seed_everything", str(seed), "--trainer.enable_progress_bar", "false", *options]
         shared += [] if same_split else ["--data.split_seed", str(seed)]
         for command in ("fit", "test"):
             subprocess.run([sys.executable, "-m", "litzoo", command, *shared], check=True, stdout=subprocess.DEVNULL)
+    if chosen_by not in metrics:  # also where the split was scored before, and chosen by something else
         tested = max(runs.glob(f"{result.stem}/version_*/test_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
         trained = np.genfromtxt(tested.parent.parent / "metrics.csv", delimiter=",", names=True, deletechars="")
+        if chosen_by not in (trained.dtype.names or ()):
+            logged = ", ".join(key for key in trained.dtype.names or () if key.startswith("val/"))
+            raise SystemExit(f"{name} logs no {chosen_by}: let --chosen-by be one of {logged}")
         header, values = (line.split(",") for line in tested.read_text().splitlines()[:2])
-        metrics = {key: float(value) for key, value in zip(header, values, strict=True) if key.startswith("test/")}
+        metrics |= {key: float(value) for key, value in zip(header, values, strict=True) if key.startswith("test/")}
         metrics[chosen_by] = float((np.nanmin if chosen_by.endswith("loss") else np.nanmax)(trained[chosen_by]))
         result.write_text(json.dumps(metrics))
-    return json.loads(result.read_text())
+    return metrics
 
 
 def report(title: str, rows: list[dict[str, float]], unit: str) -> None:
