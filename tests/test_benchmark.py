@@ -413,3 +413,12 @@ def test_both_starts_give_a_batch(script: ModuleType, tmp_path: Path) -> None:
         assert min(counts) == max(counts) > 0
         assert batch.shape == (4, 3, 8, 8)
         assert batch.dtype == torch.float32
+
+
+def test_all_cases_of_knn_predict_the_same_classes(script: ModuleType, tmp_path: Path) -> None:
+    cases = script.available(script.BENCHMARKS["knn"])[0].cases
+    predictions = {name: make(tmp_path, queries=20, rows=500, k=10)() for name, make in cases.items()}
+    expected = predictions["litzoo, fp32"]
+    assert expected.shape == (20,)
+    assert len(expected.unique()) > 1
+    assert {name for name, found in predictions.items() if not torch.equal(found, expected)} == set()
