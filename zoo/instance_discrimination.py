@@ -257,6 +257,7 @@ class InstanceDiscrimination(LightningModule):
         positive = (features * self.bank.rows[row]).sum(dim=1)
         return nce_loss(positive, negative, self.temperature, self.log_partition)
 
+    @torch.compiler.disable  # which folds constants without the wrapping of int64
     def _draw(self, row: Tensor, key: Tensor | None, batch_idx: int) -> Tensor:
         """Rows of the noise: `(m,)` if shared, else `(B, m)`."""
         size = len(self.bank)

@@ -362,6 +362,16 @@ def test_noise_is_uniform_and_avoids_the_own_row(positives: bool) -> None:
     assert torch.equal(model._draw(row, torch.arange(20), 0), model._draw(row, torch.arange(20), 5)), "of the key alone"
 
 
+def test_noise_is_left_out_of_compiled_graphs() -> None:
+    """Inductor folds the constants of the hash in Python's integers, and then refuses them as int64."""
+    model, graphs = model_of(data_of(), objective="nce", noise="shared"), []
+    model._trainer = Trainer(max_epochs=1, **QUIET)
+    model.bank.start(torch.arange(20))
+    compiled = torch.compile(lambda row: model._draw(row, None, 0), backend=lambda graph, _: graphs.append(graph) or graph)
+    assert torch.equal(compiled(torch.arange(4)), model._draw(torch.arange(4), None, 0))
+    assert not graphs
+
+
 def test_partition_is_estimated_once_or_followed() -> None:
     data = data_of()
     constant, followed = (model_of(data, objective="nce", partition_momentum=momentum) for momentum in (1.0, 0.9))
