@@ -14,6 +14,8 @@ _CACHED, _GATHERED, _PRODUCTS = 1 << 17, 1 << 19, 1 << 23
 # With more rows for each row that is asked for, gathering those rows is faster than all products and a choice.
 _ROWS_PER_CHOICE = 22
 
+_LOG2_E = 1 / math.log(2)
+
 
 def instance_softmax_loss(features: Tensor, bank: Tensor, index: Tensor, temperature: float = 0.07, scores: Scores = "fp32") -> Tensor:
     """Non-parametric softmax: -log P(i | f), with P(i | f) = exp(v_i . f / t) / sum_j exp(v_j . f / t) over the rows v_j of a bank.
@@ -52,7 +54,8 @@ class _InstanceSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, bank: Tensor, index: Tensor, temperature: float, scores: Scores) -> Tensor:
         with torch.autocast(features.device.type, enabled=False):
-            scaled = features / temperature
+            # Powers of two are computed several times faster on a CPU than those of e.
+            scaled = features * (_LOG2_E / temperature)
             own = bank.index_select(0, index)
             maximum = features.new_full((len(features), 1), -math.inf)
             total = torch.zeros_like(maximum)
@@ -62,8 +65,8 @@ class _InstanceSoftmax(torch.autograd.Function):
                 rows = rows.bfloat16() if scores == "bf16" else rows
                 logits = (left @ rows.T).to(bank.dtype)
                 highest = torch.maximum(maximum, logits.amax(dim=1, keepdim=True))
-                shrink = (maximum - highest).exp_()
-                exponentials = logits.sub_(highest).exp_()
+                shrink = (maximum - highest).exp2_()
+                exponentials = logits.sub_(highest).exp2_()
                 total.mul_(shrink).add_(exponentials.sum(dim=1, keepdim=True))
                 if mean is not None and scores == "bf16":
                     mean.mul_(shrink).add_(exponentials.bfloat16() @ rows)
@@ -72,7 +75,7 @@ class _InstanceSoftmax(torch.autograd.Function):
                 maximum = highest
             if mean is not None:
                 ctx.save_for_backward(mean.div_(total).sub_(own).div_(temperature))
-            return (maximum + total.log()).squeeze(1) - (scaled * own).sum(dim=1)
+            return ((maximum + total.log2()).squeeze(1) - (scaled * own).sum(dim=1)) / _LOG2_E
 
     @staticmethod
     @torch.autograd.function.once_differentiable
