@@ -37,7 +37,7 @@ class InstanceDiscrimination(LightningModule):
       4 to 7). Z is taken to be constant and estimated from the first batch (equation 8).
 
     Two things keep a feature from jumping from epoch to epoch. The paper adds the proximal term w ||f - v_i||^2 to the loss
-    (equation 9), which is felt by the encoder, and replaces the row by the new feature: `proximal_weight=30, bank_momentum=0`.
+    (equation 9), which is felt by the encoder, and replaces the row by the new feature: a positive `proximal_weight`, `bank_momentum=0`.
     The published code has no such term; it moves the row only part of the way, v_i <- normalise(m v_i + (1 - m) f), which
     filters the bank and leaves the encoder alone: `proximal_weight=0, bank_momentum=0.5`, the defaults.
 
