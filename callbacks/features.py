@@ -234,7 +234,7 @@ def _samples(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]
             key = number * _BATCH + row if sampler is None else (rows + row) * world + rank
             rows += len(label)
             # A plain distributed sampler repeats samples until all processes have as many.
-            length = len(sampler.dataset) if hasattr(sampler, "dataset") else None  # type: ignore[union-attr, arg-type]
+            length = len(sampler.dataset) if hasattr(sampler, "dataset") else None  # type: ignore[union-attr, arg-type]  # hasattr narrows no union
             own = slice(None) if length is None else slice(int((key < length).sum()))
             yield inputs[own], label[own], key[own]
 
@@ -245,7 +245,7 @@ def _with_progress(trainer: Trainer, batches: Iterable[Any], loader: Iterable[An
         return batches
     from tqdm import tqdm
 
-    total = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]
+    total = len(loader) if hasattr(loader, "__len__") else None  # type: ignore[arg-type]  # hasattr narrows no iterable
     return tqdm(batches, "Training samples", total, leave=False, delay=_PATIENCE)
 
 
@@ -449,7 +449,7 @@ class FeatureObserver(Callback):
                 f"needs the features of {type(pl_module).__name__}, which has no {self.features}",
                 f"define {self.features}(self, x) -> (batch, dimensions), or set features={other!r}",
             )
-        if any(callback is not self and callback.state_key == self.state_key for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if any(callback is not self and callback.state_key == self.state_key for callback in trainer.callbacks):  # type: ignore[attr-defined]  # Lightning sets it in a connector
             raise refuse(self, "would use the same names as another one of its kind", "keep one of the two, or change what names it")
         self._first_epoch = None
 

@@ -214,7 +214,7 @@ class InstanceDiscrimination(LightningModule):
 
     def _fill(self, data: Any) -> None:
         """Fill the bank with clean features, by one pass over the training images."""
-        batches = int(self.trainer.fast_dev_run) or None  # type: ignore[attr-defined]
+        batches = int(self.trainer.fast_dev_run) or None  # type: ignore[attr-defined]  # Lightning sets it in a connector
         rank_zero_info(f"filling the memory bank with the features of {self.num_train} training images")
         with torch.no_grad(), evaluating(self), self.trainer.precision_plugin.forward_context():
             for batch in islice(data.eval_train_dataloader(), batches):

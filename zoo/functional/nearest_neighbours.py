@@ -82,7 +82,7 @@ def _full_precision() -> Iterator[None]:
             after.callback(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
             torch.set_float32_matmul_precision("highest")
         except RuntimeError:  # it was set by backend, which torch since 2.9 does not let one ask for as a whole
-            for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]
+            for part in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):  # type: ignore[attr-defined]  # torch makes the module when it is asked for
                 after.callback(setattr, part, "fp32_precision", part.fp32_precision)
                 part.fp32_precision = "ieee"
         yield
