@@ -5,7 +5,8 @@ python scripts/benchmark.py NAME [--rounds N] [--threads 1] [--json FILE]
 The cases of a benchmark run interleaved in one process, in an order that rotates each round, after one round that does not
 count. A ratio is the median over the rounds of (time of the other case) / (time of litzoo in the same round). With one thread
 the clock is the CPU time of the process, which a busy neighbour cannot inflate by pre-emption; with several it is wall time.
-Peak memory is that of a fresh process which makes and runs one case, above what it held before.
+Peak memory is that of a fresh process which makes and runs one case, above what it held before; where all cases hold the same large
+thing, such as a memory bank, above what it held once the case was made.
 
 Everything is measured under two settings of glibc's malloc. By default freed blocks of many MB go back to the kernel, and their
 pages are zeroed anew each step; "keep" reuses them. References often gain more from that, so quote the ratio under "keep".

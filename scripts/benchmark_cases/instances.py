@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from benchmark_cases import Benchmark, Run
+from benchmark_cases import Benchmark, Make, Run
 
 BATCH, DIM, NEGATIVES, TEMPERATURE, MOMENTUM = 256, 128, 4096, 0.07, 0.5
 INSTANCES = 50_000
@@ -138,61 +138,39 @@ def softmax_dense(folder: Path, instances: int = INSTANCES) -> Run:
     return step
 
 
-_GATHER = {"per-sample gather": nce_gather}
-_WHAT = f"B {BATCH}, D {DIM}, K {NEGATIVES:,}: loss, gradient and new rows"
+def _step(what: str, cases: dict[str, Make], rounds: int = 9) -> Benchmark:
+    return Benchmark(
+        summary=f"{what}: loss, gradient and new rows of {BATCH} samples, D {DIM}, K {NEGATIVES:,}",
+        cases=cases,
+        items=BATCH,
+        unit="samples",
+        rounds=rounds,
+        instances=INSTANCES,
+        prepared=True,
+    )
+
+
+_GATHER: dict[str, Make] = {"per-sample gather": nce_gather}
 BENCHMARKS: dict[str, Benchmark] = {
-    "nce": Benchmark(
-        summary=f"NCE, {_WHAT}",
-        cases={"litzoo, one matmul": nce_litzoo, **_GATHER},
-        items=BATCH,
-        unit="samples",
-        rounds=9,
-        instances=INSTANCES,
-        prepared=True,
-    ),
-    "nce-bf16": Benchmark(
-        summary=f"NCE, products in bfloat16, {_WHAT}",
-        cases={"litzoo, one matmul, bf16": partial(nce_litzoo, scores="bf16"), **_GATHER},
-        items=BATCH,
-        unit="samples",
-        rounds=9,
-        instances=INSTANCES,
-        prepared=True,
-    ),
-    "nce-shared": Benchmark(
-        summary=f"NCE, noise shared by the batch, {_WHAT}",
-        cases={"litzoo, shared": partial(nce_litzoo, shared=True), **_GATHER},
-        items=BATCH,
-        unit="samples",
-        rounds=9,
-        instances=INSTANCES,
-        prepared=True,
-    ),
-    "instance-softmax": Benchmark(
-        summary=f"exact softmax over the bank, {_WHAT}",
-        cases={
+    "nce": _step("NCE", {"litzoo, one matmul": nce_litzoo, **_GATHER}),
+    "nce-bf16": _step("NCE, products in bfloat16", {"litzoo, one matmul, bf16": partial(nce_litzoo, scores="bf16"), **_GATHER}),
+    "nce-shared": _step("NCE, noise shared by the batch", {"litzoo, shared": partial(nce_litzoo, shared=True), **_GATHER}),
+    "instance-softmax": _step(
+        "exact softmax over the bank",
+        {
             "litzoo, blocks": softmax_litzoo,
             "litzoo, blocks, bf16": partial(softmax_litzoo, scores="bf16"),
             "matrix of logits": softmax_dense,
         },
-        items=BATCH,
-        unit="samples",
-        rounds=9,
-        instances=INSTANCES,
-        prepared=True,
     ),
-    "bank": Benchmark(
-        summary="a step against a bank of --instances rows: softmax, NCE, NCE with shared noise",
-        cases={
+    "bank": _step(
+        "against a bank of --instances rows",
+        {
             "softmax": softmax_litzoo,
             "softmax, bf16": partial(softmax_litzoo, scores="bf16"),
             "NCE": nce_litzoo,
             "NCE, shared": partial(nce_litzoo, shared=True),
         },
-        items=BATCH,
-        unit="samples",
         rounds=3,
-        instances=INSTANCES,
-        prepared=True,
     ),
 }
