@@ -13,6 +13,7 @@ MODELS = {
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
     "PointNetSegmenter": "pointnet_segmenter",
+    "SupConEncoder": "supcon",
 }
 _EXPORTS = {
     **MODELS,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .pretrained import load as load
     from .pretrained import load_encoder as load_encoder
     from .pretrained import save as save
+    from .supcon import SupConEncoder as SupConEncoder
 
 
 def __getattr__(name: str) -> Any:

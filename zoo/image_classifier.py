@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import Batch, input_and_label
+from .functional.mixing import mix_images
 from .image_input import ImageInput
 from .layers.classification_metrics import classification_metrics
 from .layers.modes import evaluating
@@ -140,29 +141,6 @@ class ImageClassifier(LightningModule):
         if counts is not None and known is not None and sum(known) < counts:
             raise ValueError(f"{counts - sum(known)} of {counts} training images have no label: a classifier cannot train on them")
 
-    def _mix(self, images: Tensor, label: Tensor, key: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Images and their targets after MixUp or CutMix: labels `(B,)`, or probabilities `(B, num_classes)`."""
-        if not (self.mixup or self.cutmix):
-            return images, label
-        from torchvision.transforms.v2 import CutMix, MixUp, RandomChoice
-
-        # Half precision has no Beta distribution; and by the batch's own keys, a second pass over it (SAM) mixes as the first.
-        dtype, state = torch.get_default_dtype(), torch.default_generator.get_state()
-        torch.set_default_dtype(torch.float32)
-        if key is not None:
-            torch.default_generator.manual_seed(int(key.sum()))
-        try:
-            choices: list[nn.Module] = []
-            if self.mixup:
-                choices.append(MixUp(alpha=self.mixup, num_classes=self.num_classes))
-            if self.cutmix:
-                choices.append(CutMix(alpha=self.cutmix, num_classes=self.num_classes))
-            return RandomChoice(choices)(images, label)
-        finally:
-            torch.set_default_dtype(dtype)
-            if key is not None:
-                torch.default_generator.set_state(state)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, label = input_and_label(batch)
         label = label.long()
@@ -171,7 +149,8 @@ class ImageClassifier(LightningModule):
             mixing = bool(self.mixup or self.cutmix)
             label = label.repeat(images.shape[1]) if mixing else label.repeat_interleave(images.shape[1])
             images = (images.transpose(0, 1) if mixing else images).flatten(0, 1)
-        images, target = self._mix(images, label, batch.key if isinstance(batch, Batch) else None)
+        key = batch.key if isinstance(batch, Batch) else None
+        images, target = mix_images(images, label, self.num_classes, self.mixup, self.cutmix, key)
         logits = self(images)
         loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
         self.train_accuracy.update(logits.detach(), label)
