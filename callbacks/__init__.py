@@ -12,6 +12,7 @@ CALLBACKS = {
     "DecisionBoundaryPlot": "decision_boundary_plot",
     "DiscriminativeLR": "discriminative_lr",
     "EMA": "ema",
+    "EmbeddingMetrics": "embedding_metrics",
     "FGM": "fgm",
     "FeatureRank": "feature_rank",
     "Flooding": "flooding",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .discriminative_lr import DiscriminativeLR as DiscriminativeLR
     from .discriminative_lr import discriminative_param_groups as discriminative_param_groups
     from .ema import EMA as EMA
+    from .embedding_metrics import EmbeddingMetrics as EmbeddingMetrics
     from .feature_rank import FeatureRank as FeatureRank
     from .fgm import FGM as FGM
     from .flooding import Flooding as Flooding

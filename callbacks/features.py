@@ -202,7 +202,7 @@ def kept_generators(loader: Any) -> Iterator[list[torch.Generator]]:
             generator.set_state(state)
 
 
-def _distributed_sampler(loader: Any) -> DistributedSampler | None:
+def distributed_sampler(loader: Any) -> DistributedSampler | None:
     """The sampler that deals the loader's samples out to the processes, if there is one."""
     batch_sampler = getattr(loader, "batch_sampler", None)
     for sampler in (getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)):
@@ -217,7 +217,7 @@ def _samples(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]
     A loader with a distributed sampler yields that share; of any other one, which is the same on every process, this process
     takes every so many-th batch.
     """
-    sampler, rank, world = _distributed_sampler(loader), trainer.global_rank, trainer.world_size
+    sampler, rank, world = distributed_sampler(loader), trainer.global_rank, trainer.world_size
     limit = 1 if getattr(trainer, "fast_dev_run", False) else None
     rows = 0
     with kept_generators(loader) as generators, _kept_random_streams(pl_module):
@@ -267,7 +267,7 @@ def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Featur
         found, label, key = torch.zeros(0, 0), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     del parts
     if trainer.world_size > 1:
-        found, label, key = (_gathered(trainer, pl_module, column) for column in (found, label, key))
+        found, label, key = (gathered_rows(trainer, pl_module, column) for column in (found, label, key))
         order = key.argsort()
         found, label, key = found[order], label[order], key[order]
     if len(key) == 0:
@@ -275,7 +275,7 @@ def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Featur
     return FeatureBank(found, label, key)
 
 
-def _gathered(trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
+def gathered_rows(trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:
     """The rows `(n,)` or `(n, D)` of all processes; one with none of them need not know D."""
     rows = rows.to(pl_module.device)
     sizes: Any = trainer.strategy.all_gather(torch.tensor([*rows.shape], device=rows.device))

@@ -370,6 +370,12 @@ ROWS: dict[str, Row] = {
         refuses=_AVERAGE,
         reason=_AVERAGE_REASON,
     ),
+    "EmbeddingMetrics": Row(
+        lambda: callbacks.EmbeddingMetrics(reference="train", reference_loader=batches(3)),
+        logs=frozenset(
+            f"val/embedding_{name}" for name in ("precision_at_1_vs_train", "r_precision_vs_train", "map_at_r_vs_train", "ami", "nmi")
+        ),
+    ),
     "FGM": Row(
         lambda: callbacks.FGM(0.7, "first"),
         lambda: PerturbedTrick(0.7, "first", add=True),
