@@ -11,7 +11,8 @@ COMMANDS = {
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split, once",
     "predict": "classify pictures, meshes or point clouds: litzoo predict chair.obj --model pointnet_furniture",
-    "show": "pictures of data, of augmented views and of critical points: litzoo show data --config pointnet_furniture",
+    "embed": "features of a data set in an HDF5 file: litzoo embed --model best.ckpt --config instdisc_digits --output features.h5",
+    "show": "pictures of data, augmented views, critical points and embeddings: litzoo show data --config pointnet_furniture",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }
@@ -111,6 +112,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from .predict import predict
 
         return predict(arguments)
+    if command == "embed":
+        from .embed import embed
+
+        return embed(arguments)
     if command == "show":
         from .show import show
 

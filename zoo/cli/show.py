@@ -1,14 +1,14 @@
-"""`litzoo show`: pictures of data, of what augmentation makes of them, and of the points that decide what a PointNet says."""
+"""`litzoo show`: pictures of data, of what augmentation makes of them, of what a model makes of them, and of what decides its answer."""
 
-import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from . import CommandError, did_you_mean, recipe_names, recipe_path
+from . import CommandError, did_you_mean
+from .data_options import Parser, add_data_options, parse_with_data
 
 if TYPE_CHECKING:
     from ...datamodules import ArrayDataModule
@@ -17,27 +17,14 @@ _SUBJECTS = {
     "data": "class frequencies, and a sheet of samples",
     "views": "training samples beside what augmentation makes of them",
     "critical": "the points of clouds that decide what a PointNet says",
+    "embedding": "maps of the features that a model gives to samples",
 }
-_USAGE = {"data": "--config RECIPE", "views": "--config RECIPE", "critical": "FILE... --model NAME"}
-
-
-class _Parser(ArgumentParser):
-    # The parsers of nested classes end here too.
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise CommandError(message) from ex
-
-
-def _data_node(path: str) -> Any:
-    import yaml
-
-    with open(path, encoding="utf-8") as file:
-        try:
-            recipe = yaml.safe_load(file)
-        except yaml.YAMLError as error:
-            raise CommandError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict) or recipe.get("data") is None:
-        raise CommandError(f"{path} has no `data`")
-    return recipe["data"]
+_USAGE = {
+    "data": "--config RECIPE",
+    "views": "--config RECIPE",
+    "critical": "FILE... --model NAME",
+    "embedding": "FILE_OR_MODEL...",
+}
 
 
 def _sentence(subject: str) -> str:
@@ -46,37 +33,17 @@ def _sentence(subject: str) -> str:
 
 def _parser(subject: str) -> ArgumentParser:
     """What every subject takes: which data, and where to put the pictures."""
-    from lightning.pytorch import LightningDataModule
-
-    from ... import datamodules
-
-    for name in datamodules.DATAMODULES:
-        getattr(datamodules, name)
-    parser = _Parser(prog=f"litzoo show {subject}", description=_sentence(subject))
-    parser.add_argument("-c", "--config", help="name or file of a recipe, of which only `data` is used")
-    parser.add_subclass_arguments(LightningDataModule, "data", required=False)
+    parser = Parser(prog=f"litzoo show {subject}", description=_sentence(subject))
+    add_data_options(parser)
     parser.add_argument("--output", type=Path, default=Path("."), help="folder of the pictures")
     return parser
 
 
 def _parse(parser: ArgumentParser, arguments: list[str], subject: str) -> tuple[Any, "ArrayDataModule"]:
-    """The options and the data; a recipe's data are what the command line starts from."""
-    from ...datamodules import ArrayDataModule
-
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("-c", "--config")
-    try:
-        recipe = first.parse_known_args(arguments)[0].config
-    except argparse.ArgumentError as error:
-        raise CommandError(f"--config needs the name of a recipe or a file; there are: {', '.join(recipe_names())}") from error
-    if recipe is not None:
-        parser.set_defaults(data=_data_node(recipe_path(recipe)))
-    options = parser.parse_args(arguments)
-    if options.data is None:
+    """The options and the data."""
+    options, data = parse_with_data(parser, arguments, f"litzoo show {subject} draws")
+    if data is None:
         raise CommandError("say which data: --config RECIPE or --data CLASS, such as --data FurnitureDataModule")
-    data = parser.instantiate(options).data
-    if not isinstance(data, ArrayDataModule):
-        raise CommandError(f"litzoo show {subject} draws the data sets of litzoo, not {type(data).__name__}")
     return options, data
 
 
@@ -215,7 +182,7 @@ def _show_views(arguments: list[str]) -> int:
 
 
 def show(arguments: list[str]) -> int:
-    """Draw what the first argument names: `data`, `views` or `critical`.
+    """Draw what the first argument names: `data`, `views`, `critical` or `embedding`.
 
     Args:
         arguments: the subject and its options.
@@ -231,7 +198,7 @@ def show(arguments: list[str]) -> int:
         0
     """
     if not arguments or arguments[0] in ("-h", "--help"):
-        lines = [f"  litzoo show {subject:<8} {_USAGE[subject]:<20}  {text}" for subject, text in _SUBJECTS.items()]
+        lines = [f"  litzoo show {subject:<9} {_USAGE[subject]:<20}  {text}" for subject, text in _SUBJECTS.items()]
         print(
             "\n".join([f"usage: litzoo show {{{','.join(_SUBJECTS)}}} ...", "", *lines, "", "litzoo show SUBJECT --help tells the options"])
         )
@@ -241,5 +208,9 @@ def show(arguments: list[str]) -> int:
     if arguments[0] == "critical":
         from .show_critical import show_critical
 
-        return show_critical(_Parser(prog="litzoo show critical", description=_sentence("critical")), arguments[1:])
+        return show_critical(Parser(prog="litzoo show critical", description=_sentence("critical")), arguments[1:])
+    if arguments[0] == "embedding":
+        from .show_embedding import show_embedding
+
+        return show_embedding(arguments[1:])
     return (_show_data if arguments[0] == "data" else _show_views)(arguments[1:])
