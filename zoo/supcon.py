@@ -159,9 +159,9 @@ class SupConEncoder(LightningModule):
             torch.Size([1, 512])
         """
         groups = self.image_input.prepare(images, self.device)
-        method = self.encode if features == "encode" else self
+        method, dtype = self.encode if features == "encode" else self, next(self.parameters()).dtype
         with evaluating(self):
-            return torch.cat([method(group.to(self.projection[0].weight.dtype)) for group in groups]).float()
+            return torch.cat([method(group.to(dtype)) for group in groups]).float()
 
     # Training
 
@@ -192,22 +192,21 @@ class SupConEncoder(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, label, key = _unpack(batch)
         size, views = images.shape[:2]
-        if self.mixup or self.cutmix:
-            assert self.num_classes is not None
+        if (self.mixup or self.cutmix) and self.num_classes is not None:
             # First views first: so all views of an image are mixed with one and the same other image, and never with one another.
-            mixed, target = mix_images(
-                images.transpose(0, 1).flatten(0, 1), label.repeat(views), self.num_classes, self.mixup, self.cutmix, key
-            )
-            images, label = mixed.unflatten(0, (views, size)).transpose(0, 1), target[:size]
-        if not self.supervised:
-            if views < 2:
-                raise ValueError("without supervision the positives of an image are its other views: set the views of the data to 2")
-            label = None if self.queue is None else _index(batch)
+            ordered, labels = images.transpose(0, 1).flatten(0, 1), label.repeat(views)
+            ordered, labels = mix_images(ordered, labels, self.num_classes, self.mixup, self.cutmix, key)
+            images, label = ordered.unflatten(0, (views, size)).transpose(0, 1), labels[:size]
+        if not self.supervised and views < 2:
+            raise ValueError("without supervision the positives of an image are its other views: set the views of the data to 2")
         z = self._embed_in_chunks(images.flatten(0, 1)).unflatten(0, (size, views))
-        queue = None if self.queue is None else self.queue.contents()
-        loss = supcon_loss(z, label, self.temperature, self.mode, queue)
-        if self.queue is not None and not self.queue.is_staged:  # a second pass over the batch (SAM, FGM) sees other weights
-            self.queue.stage(z.flatten(0, 1), label.repeat_interleave(views, dim=0))
+        if self.queue is None:
+            loss = supcon_loss(z, label if self.supervised else None, self.temperature, self.mode)
+        else:
+            label = label if self.supervised else _index(batch)
+            loss = supcon_loss(z, label, self.temperature, self.mode, self.queue.contents())
+            if not self.queue.is_staged:  # a second pass over the batch (SAM, FGM) sees other weights
+                self.queue.stage(z.flatten(0, 1), label.repeat_interleave(views, dim=0))
         self._rows = size * views * self.trainer.world_size
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
@@ -215,9 +214,9 @@ class SupConEncoder(LightningModule):
     def _embed_in_chunks(self, images: Tensor) -> Tensor:
         if self.chunk_size is None or not torch.is_grad_enabled():
             return self(images)
-        contexts = lambda: (nullcontext(), _kept_statistics(self))  # noqa: E731 - of the first pass, and of the one for the gradient
+        contexts = lambda: (nullcontext(), _kept_statistics(self))  # of the first pass, and of the one for the gradient
         chunks = images.split(self.chunk_size)
-        return torch.cat([checkpoint(self, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])  # type: ignore[no-untyped-call]
+        return torch.cat([checkpoint(self, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
     # Evaluation
 
@@ -313,9 +312,9 @@ def _check_settings(
         raise ValueError(f"temperature must be at least 1/640, got {temperature}")
     if mode not in get_args(Anchors):
         raise ValueError(f"mode must be one of {', '.join(get_args(Anchors))}; got {mode!r}")
-    for name, value in (("mixup", mixup), ("cutmix", cutmix)):
-        if not 0 <= value <= 100:
-            raise ValueError(f"{name} must lie in [0, 100], got {value}")
+    for name, parameter in (("mixup", mixup), ("cutmix", cutmix)):
+        if not 0 <= parameter <= 100:
+            raise ValueError(f"{name} must lie in [0, 100], got {parameter}")
     if mixup or cutmix:
         if not supervised:
             raise ValueError("MixUp and CutMix mix labels, and without supervision there are none: set both to 0")

@@ -86,33 +86,7 @@ def test_mixing_against_the_formula(method: str, smoothing: float, monkeypatch: 
     assert model.train_accuracy.compute() == expected
 
 
-def test_of_mixup_and_cutmix_one_is_drawn_per_batch() -> None:
-    model = shaken(mixup=1.0, cutmix=1.0)
-    images, label = torch.rand(4, 3, 16, 16), torch.arange(4)
-    kinds = []
-    for _ in range(20):
-        mixed, target = model._mix(images, label, None)
-        torch.testing.assert_close(target.sum(1), torch.ones(4))
-        kinds.append(bool(((mixed == images) | (mixed == images.roll(1, 0))).all()))
-    assert 0 < sum(kinds) < 20
-    assert model._mix(images, label, None)[0].shape == images.shape
-    torch.manual_seed(5)
-    first = model._mix(images, label, None)
-    torch.manual_seed(5)
-    assert all(map(torch.equal, first, model._mix(images, label, None))), "nothing but torch's global seed decides"
-
-
-def test_neutral_settings_mix_nothing() -> None:
-    images, label = torch.rand(4, 3, 16, 16), torch.arange(4)
-    model = shaken()
-    state = torch.random.get_rng_state()
-    mixed, target = model._mix(images, label, None)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    assert mixed is images
-    assert target is label
-
-
-def test_views_train_like_so_many_images() -> None:
+def test_views_train_like_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     views, label = torch.randn(3, 2, 3, 16, 16), torch.tensor([0, 3, 4])
     flat, flat_label = views.flatten(0, 1), label.repeat_interleave(2)
     a, b = silent(shaken()).double().train(), silent(shaken()).double().train()
@@ -121,7 +95,7 @@ def test_views_train_like_so_many_images() -> None:
     # Mixing pairs an image with another image, not with its own second view.
     pair = silent(shaken(mixup=1.0))
     shown: list[Tensor] = []
-    pair._mix = lambda images, label, key: (shown.append(label), (images, label))[1]  # type: ignore[method-assign, func-returns-value]
+    monkeypatch.setattr(image_classifier, "mix_images", lambda images, label, *_: (shown.append(label), (images, label))[1])
     pair.training_step((views, label), 0)
     assert shown[0].tolist() == [0, 3, 4, 0, 3, 4]
     with pytest.raises(ValueError, match=r"\(batch, 3, height, width\), got \(3, 2, 3, 16, 16\)"):
@@ -384,34 +358,6 @@ def test_vision_transformer_is_built_for_the_size_of_the_images(tmp_path: Path) 
 
 
 # --- in training -------------------------------------------------------------------------------------------------------
-
-
-def test_mixing_follows_the_keys_of_the_batch_and_leaves_the_global_stream_alone() -> None:
-    """A second pass over the same batch, as SAM makes it, mixes as the first did."""
-    model = shaken(mixup=0.8, cutmix=1.0)
-    images, label = torch.randn(8, 3, 16, 16), torch.arange(8) % 5
-    keys = torch.arange(8) + 2**60
-    torch.manual_seed(0)
-    first, state = model._mix(images, label, keys), torch.get_rng_state()
-    torch.manual_seed(1)
-    torch.rand(3)
-    assert all(map(torch.equal, first, model._mix(images, label, keys)))
-    assert not torch.equal(first[0], model._mix(images, label, keys + 1)[0])
-    torch.manual_seed(0)
-    assert torch.equal(state, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_mixing_under_other_default_dtypes(dtype: torch.dtype) -> None:
-    model = shaken(mixup=0.8, cutmix=1.0).to(dtype)
-    torch.set_default_dtype(dtype)
-    try:
-        mixed, target = model._mix(torch.randn(4, 3, 16, 16), torch.arange(4), None)
-        assert torch.get_default_dtype() == dtype
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert mixed.dtype == dtype
-    torch.testing.assert_close(target.sum(1).float(), torch.ones(4))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
