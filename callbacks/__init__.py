@@ -7,6 +7,7 @@ if __name__ != "litzoo.callbacks":
     raise ImportError("import it as litzoo.callbacks: a bare `callbacks` would be a second copy of the package")
 
 CALLBACKS = {
+    "CollapseWatch": "collapse_watch",
     "ConfusionMatrixPlot": "confusion_matrix_plot",
     "CriticalPointsPlot": "critical_points_plot",
     "DecisionBoundaryPlot": "decision_boundary_plot",
@@ -32,6 +33,7 @@ _FUNCTIONS = {"average_checkpoints": "swa", "discriminative_param_groups": "disc
 __all__ = list(CALLBACKS) + list(_FUNCTIONS)
 
 if TYPE_CHECKING:
+    from .collapse_watch import CollapseWatch as CollapseWatch
     from .confusion_matrix_plot import ConfusionMatrixPlot as ConfusionMatrixPlot
     from .critical_points_plot import CriticalPointsPlot as CriticalPointsPlot
     from .decision_boundary_plot import DecisionBoundaryPlot as DecisionBoundaryPlot

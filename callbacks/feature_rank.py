@@ -65,19 +65,31 @@ class FeatureRank(FeatureObserver):
         self._gram = found if self._gram is None else self._gram + found
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
-        size = torch.tensor(0 if self._gram is None else len(self._gram), device=pl_module.device)
-        if trainer.world_size > 1:  # a process may have had no batch
-            size = trainer.strategy.all_gather(size).max()
-        if size == 0:
+        found = rank_over_processes(trainer, pl_module, self._gram)
+        if found is None:
             return
-        total = torch.zeros(int(size), int(size), dtype=torch.double, device=pl_module.device) if self._gram is None else self._gram
-        rank = float(effective_rank_of_gram(trainer.strategy.reduce(total, reduce_op="sum")))
+        rank, dimensions = found
         log_score(pl_module, f"{stage}/feature_rank{self.suffix}", rank)
-        if rank < self.warn_below <= len(total) and not self._warned:  # a single feature cannot collapse
+        if rank < self.warn_below <= dimensions and not self._warned:  # a single feature cannot collapse
             self._warned = True
             rank_zero_warn(
-                f"FeatureRank: the {len(total)} features of {type(pl_module).__name__}.{self.features} spread over {rank:.1f} "
+                f"FeatureRank: the {dimensions} features of {type(pl_module).__name__}.{self.features} spread over {rank:.1f} "
                 "directions only: they have collapsed, all samples look nearly alike to whatever is trained on them. Try a lower "
                 "learning rate, more negatives or a larger batch, other augmentation, a loss that keeps features apart; and see to it "
                 "that the inputs differ"
             )
+
+
+def rank_over_processes(trainer: Trainer, pl_module: LightningModule, part: Tensor | None) -> tuple[float, int] | None:
+    """The effective rank of the features of all processes, and D; None if no process had a batch. Every process must call it.
+
+    Args:
+        part: `(D, D)`, the Gram matrix of this process's features; None if it had no batch.
+    """
+    size = torch.tensor(0 if part is None else len(part), device=pl_module.device)
+    if trainer.world_size > 1:
+        size = trainer.strategy.all_gather(size).max()
+    if size == 0:
+        return None
+    total = torch.zeros(int(size), int(size), dtype=torch.double, device=pl_module.device) if part is None else part
+    return float(effective_rank_of_gram(trainer.strategy.reduce(total, reduce_op="sum"))), int(size)

@@ -437,12 +437,16 @@ class FeatureObserver(Callback):
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         """The evaluation is over; every process calls it."""
 
+    def has_features(self, pl_module: LightningModule) -> bool:
+        """Whether the module has the method that gives the features."""
+        method = getattr(pl_module, self.features, None)
+        # By name, because `pytorch_lightning` has a class of its own; both inherit a forward that only raises.
+        return callable(method) and getattr(method, "__qualname__", "") not in ("LightningModule.forward", "_forward_unimplemented")
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
             return
-        method = getattr(pl_module, self.features, None)
-        # By name, because `pytorch_lightning` has a class of its own; both inherit a forward that only raises.
-        if not callable(method) or getattr(method, "__qualname__", "") in ("LightningModule.forward", "_forward_unimplemented"):
+        if not self.has_features(pl_module):
             other = "forward" if self.features == "encode" else "encode"
             raise refuse(
                 self,
