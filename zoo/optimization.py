@@ -1,10 +1,13 @@
 """From `optimizer=` and `lr_scheduler=` of a model to what Lightning's `configure_optimizers` returns."""
 
+import difflib
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, OneCycleLR
 
@@ -58,6 +61,60 @@ class WarmupCosineLR(LambdaLR):
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+class TimmOptimizer(Optimizer):
+    """Any optimizer of timm by its name, such as "lamb", "adan", "lion", "sgdp" or "lookahead_radam": what it makes is timm's own.
+
+    Args:
+        params: parameters, or groups of them.
+        name: one of `timm.optim.list_optimizers()`, or "lookahead_" and one.
+        lr: learning rate; None takes the optimizer's own.
+        weight_decay: weight decay of all parameters.
+        momentum: of those that have one.
+        options: further arguments of the optimizer.
+
+    Raises:
+        ValueError: if timm has no such optimizer, or it takes no such options.
+
+    Example:
+        >>> type(TimmOptimizer(model.parameters(), "adan", lr=1e-3)).__name__
+        'Adan'
+    """
+
+    def __new__(
+        cls,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        name: str,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        options: dict[str, Any] | None = None,
+    ) -> Any:
+        from timm.optim import create_optimizer_v2, list_optimizers
+
+        known, groups = list_optimizers(), cast(list[dict[str, Any]], list(params))
+        base = name.removeprefix("lookahead_")
+        if base not in known:
+            close = difflib.get_close_matches(base, known, n=1, cutoff=0.5)
+            raise ValueError(
+                f"timm has no optimizer {name!r}; " + (f"did you mean {close[0]}?" if close else "see timm.optim.list_optimizers()")
+            )
+        try:
+            return create_optimizer_v2(groups, name, lr, weight_decay, momentum, **(options or {}))
+        except TypeError as error:
+            raise ValueError(f"timm's optimizer {name!r} does not take these options: {error}") from error
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        name: str,
+        lr: float | None = None,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """Never called, because `__new__` makes another class's object; the command line reads the arguments here."""
 
 
 # Schedulers whose parameters count batches; Lightning would step them once an epoch.

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm.optim
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -14,7 +15,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
-from litzoo.zoo.optimization import WarmupCosineLR, configure_optimizer
+from litzoo.zoo.optimization import TimmOptimizer, WarmupCosineLR, configure_optimizer
 
 BATCHES = 6
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -156,3 +157,27 @@ def test_resume_goes_on(scheduler: Any, tmp_path: Path) -> None:
         resumed = fit(Line(scheduler), tmp_path, tmp_path / f"epoch={epoch}.ckpt")
         assert resumed.rates == whole.rates[(epoch + 1) * BATCHES :]
         assert torch.equal(resumed.weight, whole.weight)
+
+
+@pytest.mark.parametrize(("name", "made"), [("sgd", SGD), ("adan", timm.optim.Adan), ("lookahead_radam", timm.optim.Lookahead)])
+def test_timm_optimizers_by_name(name: str, made: type) -> None:
+    """The object is timm's own, with its groups, and a scheduler knows it."""
+    weights = [nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = TimmOptimizer([{"params": weights[:1]}, {"params": weights[1:], "lr": 0.5}], name, lr=0.1, weight_decay=0.01)
+    assert type(optimizer) is made
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.1, 0.01), (0.5, 0.01)]
+    scheduler = WarmupCosineLR(optimizer, total_steps=4)
+    for _ in range(2):
+        sum(weight.square().sum() for weight in weights).backward()  # type: ignore[union-attr]  # a sum of tensors
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[1]["lr"] == pytest.approx(0.25)
+    assert float(weights[0].max()) < 1
+
+
+def test_timm_optimizers_that_do_not_exist() -> None:
+    weights = [nn.Parameter(torch.ones(2))]
+    with pytest.raises(ValueError, match="no optimizer 'adann'; did you mean adan"):
+        TimmOptimizer(weights, "adann")
+    with pytest.raises(ValueError, match="'adan' does not take these options"):
+        TimmOptimizer(weights, "adan", lr=0.1, options={"colour": "red"})
