@@ -348,6 +348,11 @@ class ArrayDataModule(LightningDataModule):
         """Positions of the samples of a split (0 = train, 1 = validation, 2 = test, 3 = unused), in ascending order."""
         return (self.arrays.split == split).nonzero().squeeze(1)
 
+    @property
+    def augments(self) -> bool:
+        """Whether a training batch may give a model something else than an evaluation batch of the same samples."""
+        return type(self).augment is not ArrayDataModule.augment
+
     def transform(self, batch: Batch) -> Batch:
         """Prepare a batch and, if it has keys, augment it; on the batch's device.
 

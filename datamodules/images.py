@@ -145,6 +145,10 @@ class ImageDataModule(ArrayDataModule):
                 raise DataError(f"{type(self).__name__}: {name} has {len(values)} values, but the images have {self.in_channels} channels")
         return list(mean), list(std)
 
+    @property
+    def augments(self) -> bool:
+        return self.views > 1 or self.augmentation != PRESETS["none"]
+
     def prepare(self, batch: Batch) -> Batch:
         if batch.key is not None:  # augmentation wants the stored images
             return batch

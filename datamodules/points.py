@@ -143,6 +143,11 @@ class PointsDataModule(ArrayDataModule):
         count = self.arrays.count
         return None if count is None else count.to(batch.index.device)[batch.index]
 
+    @property
+    def augments(self) -> bool:
+        neutral = PointAugmentation(scale=(1.0, 1.0), shift=0.0)
+        return (self.num_points, self.eval_points) != (None, None) or self.augmentation != neutral
+
     def prepare(self, batch: Batch) -> Batch:
         count, part = self._count(batch), batch.part
         points = normalize_points(batch.input.float(), self.normalization, count)

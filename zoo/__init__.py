@@ -8,6 +8,7 @@ if __name__ != "litzoo.zoo":
 
 # Name -> file that defines it. The models are also the allow-list of what a weights file may name.
 MODELS = {
+    "EncoderClassifier": "encoder_classifier",
     "ImageClassifier": "image_classifier",
     "InstanceDiscrimination": "instance_discrimination",
     "LogisticRegression": "logistic_regression",
@@ -19,6 +20,7 @@ _EXPORTS = {
     **MODELS,
     "Batch": "batch",
     "KNNClassifier": "layers.knn_classifier",
+    "TimmOptimizer": "optimization",
     "WarmupCosineLR": "optimization",
     "WeightsError": "pretrained",
     "create_backbone": "backbones",
@@ -38,10 +40,12 @@ if TYPE_CHECKING:
     from .batch import Batch as Batch
     from .critical_sets import critical_points as critical_points
     from .critical_sets import upper_bound_points as upper_bound_points
+    from .encoder_classifier import EncoderClassifier as EncoderClassifier
     from .image_classifier import ImageClassifier as ImageClassifier
     from .instance_discrimination import InstanceDiscrimination as InstanceDiscrimination
     from .layers.knn_classifier import KNNClassifier as KNNClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
+    from .optimization import TimmOptimizer as TimmOptimizer
     from .optimization import WarmupCosineLR as WarmupCosineLR
     from .pointnet import PointNetClassifier as PointNetClassifier
     from .pointnet_segmenter import PointNetSegmenter as PointNetSegmenter

@@ -10,6 +10,7 @@ import secrets
 import shlex
 import textwrap
 from collections.abc import Mapping
+from contextvars import Context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,6 +109,45 @@ def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "c
     if not callable(getattr(model, "encode", None)):
         raise WeightsError(f"{os.fspath(source)} holds a {type(model).__name__}, which has no encode() and cannot serve as an encoder")
     return _to_device(model, device)
+
+
+def resolve_encoder(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[LightningModule, dict[str, Any]]:
+    """Load an encoder without what only its own training needs, and describe it so that it can be built again, offline.
+
+    Args:
+        source: what `load_encoder` takes, or a description, which gives that encoder with random weights.
+
+    Returns:
+        The model in evaluation mode, and its description, JSON values: `{"model": name, "hparams": {...}}`.
+
+    Raises:
+        WeightsError: if the source cannot be loaded or the description does not fit, or the model has no `encode`.
+
+    Example:
+        >>> encoder, description = resolve_encoder("pointnet_furniture")
+        >>> description["model"]
+        'PointNetClassifier'
+    """
+    if isinstance(source, Mapping):
+        name, hparams = source.get("model"), source.get("hparams")
+        if set(source) != {"model", "hparams"} or not isinstance(hparams, Mapping):
+            raise WeightsError(
+                f'an encoder is described as {{"model": NAME, "hparams": {{...}}}}, got the keys {", ".join(map(str, source))}'
+            )
+        if name not in zoo.MODELS or not callable(getattr(getattr(zoo, name), "encode", None)):
+            raise WeightsError(f"the encoder {name!r} is not one of litzoo's models with encode(): give one of {_models()}")
+        try:
+            built = _construct(name, hparams)
+        except (TypeError, ValueError) as error:
+            raise WeightsError(
+                f"the encoder cannot be built, {_version_of(name)} does not take its hparams ({_one_line(error, 300)})"
+            ) from error
+        return built.eval(), {"model": name, "hparams": _without_private(built.hparams)}
+    loaded = load_encoder(source)
+    name, hparams = type(loaded).__name__, _without_private(loaded.hparams)
+    state = {key: value for key, value in loaded.state_dict().items() if not _is_extra(key)}
+    problem, cure = f"the encoder {os.fspath(source)} cannot be built again", "save every argument of its constructor as a hyper-parameter"
+    return _build(name, hparams, state, problem, cure), {"model": name, "hparams": hparams}
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu", model: str | None = None) -> LightningModule:
@@ -421,15 +461,21 @@ def _load_file(place: _Place) -> LightningModule:
 
 def _build(name: str, hparams: dict[str, Any], state: Mapping[str, Tensor], problem: str, cure: str) -> LightningModule:
     """A model of the allow-list, with these weights, in evaluation mode; `problem` and `cure` say what to say if they don't fit."""
-    model_class = getattr(zoo, name)
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody's seed should notice
-            model: LightningModule = model_class(**hparams)
+            model = _construct(name, hparams)
         extra = {key: value for key, value in model.state_dict().items() if _is_extra(key)}
         model.load_state_dict({**extra, **state})
     except Exception as error:  # whatever a constructor says about hyper-parameters it does not know
         raise WeightsError(f"{problem} ({_one_line(error, 300)}): {cure}") from error
     return model.eval()
+
+
+def _construct(name: str, hparams: Mapping[str, Any]) -> LightningModule:
+    """A model of the allow-list, with random weights."""
+    # Inside of LightningCLI's context, the model would take the hyper-parameters of the one that is made from it for its own.
+    model: LightningModule = Context().run(getattr(zoo, name), **hparams)
+    return model
 
 
 def _is_extra(key: str) -> bool:

@@ -199,12 +199,13 @@ def _picture_pieces(path: Path, batch_size: int) -> Iterator[_Piece]:
 # Classifying
 
 
-def _rows(piece: _Piece, probabilities: Tensor, names: list[str], top: int) -> list[dict[str, Any]]:
+def _rows(piece: _Piece, probabilities: Tensor, scores: Tensor | None, names: list[str], top: int) -> list[dict[str, Any]]:
     confidence, classes = probabilities.topk(min(top, len(names)), dim=1)
     rows = []
     for position, (values, ids) in enumerate(zip(confidence.tolist(), classes.tolist(), strict=True)):
         ranked = [{"class": names[cls], "confidence": round(value, 6)} for cls, value in zip(ids, values, strict=True)]
-        rows.append({"file": str(piece.path), "index": piece.start + position, "predictions": ranked})
+        row: dict[str, Any] = {"file": str(piece.path), "index": piece.start + position, "predictions": ranked}
+        rows.append(row if scores is None else {**row, "ood_score": round(float(scores[position]), 6)})
     return rows
 
 
@@ -219,9 +220,12 @@ def _classify_clouds(model: Any, files: list[Path], options: argparse.Namespace)
         # Those of one size go through the model together.
         for _, group in groupby(waiting, lambda piece: piece.samples.shape):
             pieces = list(group)
-            probabilities = model.predict(torch.stack([piece.samples for piece in pieces]), **votes)
-            for piece, row in zip(pieces, probabilities.split(1), strict=True):
-                rows.extend(_rows(piece, row, model.class_names, options.top))
+            clouds = torch.stack([piece.samples for piece in pieces])
+            probabilities = model.predict(clouds, **votes)
+            scores = model.ood_score(clouds) if options.ood_score else None
+            for number, piece in enumerate(pieces):
+                one = slice(number, number + 1)
+                rows.extend(_rows(piece, probabilities[one], None if scores is None else scores[one], model.class_names, options.top))
         waiting.clear()
 
     for path in files:
@@ -242,7 +246,7 @@ def _classify_clouds(model: Any, files: list[Path], options: argparse.Namespace)
     return rows, corrupt
 
 
-def _classify_pictures(model: Any, files: list[Path], batch_size: int, top: int) -> tuple[list[dict[str, Any]], dict[Path, str]]:
+def _classify_pictures(model: Any, files: list[Path], options: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[Path, str]]:
     """The rows in the order of the files, and the pictures that cannot be decoded with the reasons."""
     rows: list[dict[str, Any]] = []
     waiting: list[_Piece] = []
@@ -250,9 +254,12 @@ def _classify_pictures(model: Any, files: list[Path], batch_size: int, top: int)
 
     def classify_waiting() -> None:
         if waiting:
-            probabilities = model.predict([piece.samples for piece in waiting])
-            for piece, row in zip(waiting, probabilities.split(1), strict=True):
-                rows.extend(_rows(piece, row, model.class_names, top))
+            pictures = [piece.samples for piece in waiting]
+            probabilities = model.predict(pictures)
+            scores = model.ood_score(pictures) if options.ood_score else None
+            for number, piece in enumerate(waiting):
+                one = slice(number, number + 1)
+                rows.extend(_rows(piece, probabilities[one], None if scores is None else scores[one], model.class_names, options.top))
             waiting.clear()
 
     for path in files:
@@ -267,15 +274,16 @@ def _classify_pictures(model: Any, files: list[Path], batch_size: int, top: int)
                 corrupt[path] = why_undecodable(error)
                 continue
             pixels += picture[0].numel()
-            if len(waiting) == batch_size or pixels > _PIXELS:
+            if len(waiting) == options.batch_size or pixels > _PIXELS:
                 classify_waiting()
                 pixels = picture[0].numel()
             waiting.append(_Piece(path, 0, picture))
         else:
             classify_waiting()
             pixels = 0
-            for piece in _picture_pieces(path, batch_size):
-                rows += _rows(piece, model.predict(piece.samples), model.class_names, top)
+            for piece in _picture_pieces(path, options.batch_size):
+                scores = model.ood_score(piece.samples) if options.ood_score else None
+                rows += _rows(piece, model.predict(piece.samples), scores, model.class_names, options.top)
     classify_waiting()
     return rows, corrupt
 
@@ -288,9 +296,11 @@ def _table(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     ranks = range(1, len(rows[0]["predictions"]) + 1)
-    writer.writerow(["file", "index", *(name for rank in ranks for name in (f"class_{rank}", f"confidence_{rank}"))])
+    score = ["ood_score"] if "ood_score" in rows[0] else []
+    writer.writerow(["file", "index", *(name for rank in ranks for name in (f"class_{rank}", f"confidence_{rank}")), *score])
     for row in rows:
-        writer.writerow([row["file"], row["index"], *(value for guess in row["predictions"] for value in guess.values())])
+        guesses = (value for guess in row["predictions"] for value in guess.values())
+        writer.writerow([row["file"], row["index"], *guesses, *(row[name] for name in score)])
     return text.getvalue()
 
 
@@ -318,6 +328,8 @@ def _complaint(corrupt: dict[Path, str], number: int, rows: int, kind: Kind) -> 
 
 def _check_options(arguments: argparse.Namespace, model: Any, kind: Kind) -> None:
     """Refuse the options that a model does not take."""
+    if arguments.ood_score and not hasattr(model, "ood_score"):
+        raise CommandError(f"--ood-score: {arguments.model} is a {type(model).__name__}, which gives no such score: leave it out")
     takes = inspect.signature(model.predict).parameters
     for name in ("points", "up_axis", *_VOTING):
         option = f"--{name.replace('_', '-')}"
@@ -368,6 +380,7 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--up-axis", choices=get_args(UpAxis), help="the axis of the shapes that points up (default: y)")
     parser.add_argument("--votes", type=int, help="views of each cloud whose probabilities are averaged (default: 1)")
     parser.add_argument("--vote-by", choices=get_args(VoteBy), help="turn the views about the up axis, or give them subsets (default: yaw)")
+    parser.add_argument("--ood-score", action="store_true", help="also say how strange each sample is to the training data")
     arguments = parser.parse_args(argv)
     for option in ("top", "batch_size", "points", "votes"):
         if getattr(arguments, option) is not None and getattr(arguments, option) < 1:
@@ -399,7 +412,7 @@ def predict(argv: list[str]) -> int:
     if kind == "points":
         rows, corrupt = _classify_clouds(model, files, arguments)
     else:
-        rows, corrupt = _classify_pictures(model, files, arguments.batch_size, arguments.top)
+        rows, corrupt = _classify_pictures(model, files, arguments)
     if rows:
         _write(rows, output, "clouds" if kind == "points" else "pictures")
     if corrupt:
