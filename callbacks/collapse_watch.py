@@ -26,7 +26,8 @@ class CollapseWatch(FeatureObserver):
 
     - The loss. If all features are the same, that of an anchor among R rows is log(R - 1) whatever the temperature (`supcon_loss`). Of
       each epoch, the mean training loss over this value is logged as `train/collapse_ratio`; a training that is stuck stays at 1.00.
-      The value is the module's attribute `collapsed_loss`, read after every step, a number or None before the first one, or the argument.
+      The value is the argument, or else the module's attribute `collapsed_loss`, read after every step: a number, a scalar tensor, for
+      which nothing waits, or None before the first step.
     - The features. Their effective rank in validation is logged as `val/feature_rank`, with `features="forward"` followed by `_forward`,
       unless `FeatureRank` does so; it falls to 1 where all features are the same up to a factor.
 

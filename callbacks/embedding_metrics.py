@@ -44,18 +44,19 @@ class EmbeddingMetrics(FeatureObserver):
     `reference="train"`, the first three end in `_vs_train`, because numbers of the two protocols do not compare; with
     `features="forward"`, all end in `_forward`. Two instances look at both sides of a projection head.
 
-    Counted over the whole epoch and all processes, samples that a distributed sampler repeats once. Samples with the label -1 are left
-    out, and queries without a reference of their class; with fewer than two classes, a warning says so once and nothing is logged. With
-    several evaluation loaders, the first one counts; the sanity check scores nothing. It has no state, and leaves training and random streams alone.
+    Counted over the whole epoch and all processes; a sample that a distributed sampler repeats counts once. Samples with the label -1 are
+    left out, and queries without a reference of their class; with fewer than two classes, a warning says so once and nothing is logged.
+    With several evaluation loaders, the first one counts; the sanity check scores nothing. It has no state, and leaves training and random
+    streams alone.
 
     Cost: the evaluated samples are encoded once more, once for all callbacks that look at features; in the first process, an exact
     search of the R nearest and a k-means, which `max_samples` bounds; with `reference="train"`, a pass over the training set, shared
     with `KNNMonitor`, and a search among all of it. Composes with every callback; under `EMA` and `SWA` it scores the average.
 
-    Other libraries' versions are of no use during a training. On 10,000 points, on two cores, torchmetrics 1.9 needed 6.5 s for the AMI of 10
-    classes and 52.7 s for that of 100, scikit-learn, which this calls, 0.013 and 0.049 s. torchmetrics' retrieval wants an index of every
-    pair: 10,000 queries in 50,000 references would take about half an hour. `AccuracyCalculator(k=1)` of pytorch-metric-learning 2.9
-    cuts R-precision and MAP@R off at the first neighbour, where they say no more than precision at 1.
+    Other libraries' versions are of no use during a training. On 10,000 points and two cores, torchmetrics 1.9 took 6.5 s for the AMI of
+    10 classes and 52.7 s for that of 100, scikit-learn, which this calls, 0.013 and 0.049 s. torchmetrics' retrieval wants an index for
+    every pair: 10,000 queries in 50,000 references would take about half an hour. `AccuracyCalculator(k=1)` of
+    pytorch-metric-learning 2.9 cuts R-precision and MAP@R off at the first neighbour, where they say no more than precision at 1.
 
     Args:
         features: what is compared: "encode" for `pl_module.encode(x)`, before a projection head, or "forward", after it.

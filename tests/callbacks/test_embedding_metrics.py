@@ -127,7 +127,8 @@ def test_views_are_samples(tmp_path: Path) -> None:
     x, label = torch.randn(9, 2, FEATURES, 1, 1), torch.arange(9) % 3
     model = unscored(Images())
     trainer = make_trainer(tmp_path, EmbeddingMetrics())
-    trainer.validate(model, Loader([Batch(x[part], label[part], part) for part in torch.arange(9).split(4)]), verbose=False)  # type: ignore[misc]
+    val: Any = [Batch(x[part], label[part], part) for part in torch.arange(9).split(4)]
+    trainer.validate(model, Loader(val), verbose=False)
     assert found(trainer) == expected(*of(model, [(x.flatten(0, 1), label.repeat_interleave(2))]))
 
 

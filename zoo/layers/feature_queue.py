@@ -9,8 +9,8 @@ from torch import Tensor, nn
 class FeatureQueue(nn.Module):
     """The last Q labelled features of a training, of length one, for a contrastive loss that compares a batch with them, too.
 
-    It starts empty: labels -1, or rows of zeros if labels are soft, tell a loss to leave a row out. What it holds are features of
-    earlier weights, which a slow encoder, or one that moves slowly by then, makes good enough.
+    It starts empty: labels -1, or rows of zeros if labels are soft, tell a loss to leave a row out. Features of earlier weights are good
+    enough where an encoder changes slowly, as after its first epochs, or as an average of weights does.
 
     Nothing of it is a buffer: DDP would broadcast it over what the other processes wrote, weight averages would average it and
     exports would carry it. Plain tensors follow the module to its device, in float32 (float64 in a float64 module), and travel in a
