@@ -14,6 +14,7 @@ CALLBACKS = {
     "DiscriminativeLR": "discriminative_lr",
     "EMA": "ema",
     "EmbeddingMetrics": "embedding_metrics",
+    "EmbeddingPlot": "embedding_plot",
     "FGM": "fgm",
     "FeatureRank": "feature_rank",
     "Flooding": "flooding",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .discriminative_lr import discriminative_param_groups as discriminative_param_groups
     from .ema import EMA as EMA
     from .embedding_metrics import EmbeddingMetrics as EmbeddingMetrics
+    from .embedding_plot import EmbeddingPlot as EmbeddingPlot
     from .feature_rank import FeatureRank as FeatureRank
     from .fgm import FGM as FGM
     from .flooding import Flooding as Flooding

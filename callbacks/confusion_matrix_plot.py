@@ -1,12 +1,11 @@
 """Draws the confusion matrix of validation and test."""
 
-import inspect
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from .pictures import hand_over
 from .predictions import EpochConfusion, class_names_of, output_folder, write_csv
 
 
@@ -106,17 +105,4 @@ class ConfusionMatrixPlot(Callback):
         save_figure(figure, folder / f"{stage}.png")
         header = ["true \\ predicted", *names]
         write_csv(folder / f"{stage}.csv", [header, *([name, *row] for name, row in zip(names, matrix.tolist(), strict=True))])
-        for logger in trainer.loggers:
-            _hand_over(logger, f"confusion_matrix/{stage}", figure, str(folder / f"{stage}.png"), trainer.global_step)
-
-
-def _hand_over(logger: Any, name: str, figure: Any, path: str, step: int) -> None:
-    """Give the picture to a logger in one of the two ways loggers take pictures, or not at all."""
-    experiment: Any = getattr(logger, "experiment", None)
-    try:
-        if hasattr(experiment, "add_figure"):
-            experiment.add_figure(name, figure, step, close=False)
-        elif hasattr(logger, "log_image") and {"key", "images"} <= set(inspect.signature(logger.log_image).parameters):
-            logger.log_image(key=name, images=[path])
-    except Exception as error:  # noqa: BLE001  # whatever a logger's service raises, it must not end a training
-        rank_zero_warn(f"{type(logger).__name__} did not take the picture {path}: {error}")
+        hand_over(trainer, f"confusion_matrix/{stage}", figure, folder / f"{stage}.png")

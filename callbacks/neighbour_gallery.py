@@ -23,6 +23,7 @@ from .features import (
     samples_of,
     training_features,
 )
+from .pictures import hand_over, raw_images
 from .predictions import class_names_of, output_folder
 
 
@@ -33,7 +34,7 @@ class NeighbourGallery(FeatureObserver):
     `features="forward"` followed by `_forward`. Each row is a sample of that split, always the same ones, spread evenly over it, and the training samples with the largest cosine similarity
     of features; the frame says whether they are of its class, the title how many of all are. Images are shown as they were before normalisation,
     by the data's or the model's `image_mean` and `image_std`, else from their darkest to their brightest value; clouds `(N, 3)` and
-    vectors `(D,)` as such.
+    vectors `(D,)` as such. The picture also goes to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
     Features are taken in evaluation mode and without augmentation, those of the training set anew for every picture. Under several processes,
     the queries are those of the first one, the neighbours those among all training samples. With several evaluation loaders, the
@@ -149,7 +150,9 @@ class NeighbourGallery(FeatureObserver):
             rows,
             f"epoch {trainer.current_epoch}, {title}" if trainer.state.fn == "fit" else title,
         )
-        save_figure(figure, folder / f"{stage}{self.suffix}.png")
+        path = folder / f"{stage}{self.suffix}.png"
+        save_figure(figure, path)
+        hand_over(trainer, f"neighbours/{stage}{self.suffix}", figure, path)
 
     def _picture(self, trainer: Trainer, pl_module: LightningModule, sample: Tensor) -> np.ndarray:
         """A sample as `plot_neighbours` takes it."""
@@ -161,15 +164,4 @@ class NeighbourGallery(FeatureObserver):
             raise ValueError(
                 f"NeighbourGallery draws images (C, H, W), clouds (N, 3) and vectors (D,), but the inputs have shape {tuple(sample.shape)}"
             )
-        for owner in (getattr(trainer, "datamodule", None), pl_module):
-            scale = [getattr(owner, name, None) for name in ("image_mean", "image_std")]
-            if any(x is None for x in scale):
-                continue
-            mean, std = (torch.as_tensor(x, dtype=torch.float, device="cpu").reshape(-1, 1, 1) for x in scale)
-            if len(mean) == len(std) == len(image):
-                image = image * std + mean
-                break
-        else:
-            image = (image - image.min()) / (image.max() - image.min()).clamp_min(1e-12)
-        image = image.clamp(0, 1)
-        return (image if len(image) in (1, 3) else image.mean(0, keepdim=True)).permute(1, 2, 0).numpy()
+        return raw_images(trainer, pl_module, image[None])[0].numpy()

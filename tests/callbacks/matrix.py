@@ -377,6 +377,7 @@ ROWS: dict[str, Row] = {
             f"val/embedding_{name}" for name in ("precision_at_1_vs_train", "r_precision_vs_train", "map_at_r_vs_train", "ami", "nmi")
         ),
     ),
+    "EmbeddingPlot": Row(lambda: callbacks.EmbeddingPlot(method="pca", every_n_epochs=99)),
     "FGM": Row(
         lambda: callbacks.FGM(0.7, "first"),
         lambda: PerturbedTrick(0.7, "first", add=True),

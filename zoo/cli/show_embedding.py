@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import numpy as np
+import torch
 
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
@@ -13,7 +14,6 @@ if TYPE_CHECKING:
     from ...datamodules import ArrayDataModule
 
 _FORMATS = (".png", ".html")
-_NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
 
 
 class _Source(NamedTuple):
@@ -147,7 +147,7 @@ def _encode(source: str, name: str, options: Any, data: "ArrayDataModule") -> _S
 
 def _write(found: list[_Source], options: Any, data: "ArrayDataModule | None") -> None:
     from ...datamodules import ImageDataModule
-    from ..plots.embedding import EmbeddingMap, plot_embedding, write_embedding_html
+    from ..plots.embedding import EmbeddingMap, describe, plot_embedding, write_embedding_html
     from ..plots.figures import save_figure
     from ..plots.projection import judge_neighbours, project, stratified_subset
 
@@ -156,11 +156,9 @@ def _write(found: list[_Source], options: Any, data: "ArrayDataModule | None") -
     images: np.ndarray | None = None
     shown = np.zeros(0, dtype=np.int64)
     for source in found:
-        judged = judge_neighbours(source.features, source.label)
+        judged = judge_neighbours(torch.from_numpy(source.features), torch.from_numpy(source.label))
         chosen = stratified_subset(source.label, options.samples, options.seed)
-        number = f"{len(chosen):,}" + (f" of {len(source.label):,}" if len(chosen) < len(source.label) else "")
-        score = "" if judged.precision is None else f", precision at 1: {judged.precision:.1%}"
-        note = f"{_NAMES[options.method]} of {number} {options.split} samples{score}"
+        note = describe(options.method, len(chosen), len(source.label), f"{options.split} samples", judged.precision)
         print(f"{source.name}: {note}")
         index = source.index[chosen]
         if pages and isinstance(data, ImageDataModule) and not np.array_equal(index, shown):

@@ -55,6 +55,30 @@ class EmbeddingMap(NamedTuple):
     images: np.ndarray | None = None
 
 
+_NAMES = {"tsne": "t-SNE", "umap": "UMAP", "pca": "PCA"}
+
+
+def describe(method: str, drawn: int, number: int, what: str, precision: float | None) -> str:
+    """The note of a map.
+
+    Args:
+        method: "tsne", "umap" or "pca".
+        drawn: samples in the map.
+        number: samples that there are.
+        what: of which kind they are.
+        precision: at 1, of all of them; None where it is unknown.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> describe("tsne", 2000, 10000, "test samples", 0.951)
+        't-SNE of 2,000 of 10,000 test samples, precision at 1: 95.1%'
+    """
+    of_all = f" of {number:,}" if drawn < number else ""
+    return f"{_NAMES[method]} of {drawn:,}{of_all} {what}" + ("" if precision is None else f", precision at 1: {precision:.1%}")
+
+
 def _check(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> None:
     if not maps:
         raise ValueError("there is no map to draw")
@@ -228,9 +252,9 @@ def _apart(places: np.ndarray, sizes: np.ndarray, side: float) -> np.ndarray:
         np.fill_diagonal(covers, False)
         if not covers.any():
             break
-        # Along the direction in which less is to be done, each half of the way.
+        # Along the direction in which less is to be done, each a little more than half of the way.
         shorter = overlap == overlap.min(axis=2, keepdims=True)
-        at = at + (np.sign(offset) * overlap * (covers[..., None] & shorter)).sum(axis=1) / 2 * 0.6
+        at = at + (np.sign(offset) * overlap * (covers[..., None] & shorter)).sum(axis=1) * 0.525
         at = at.clip(sizes / 2, side - sizes / 2)
     return at
 

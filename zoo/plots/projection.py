@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from ..functional.nearest_neighbours import nearest_neighbours
 
@@ -77,7 +78,7 @@ def project(features: np.ndarray, method: Method = "tsne", seed: int = 0) -> np.
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     if not np.ptp(rows, axis=0).max() > 1e-6:  # a single sample, or features that have collapsed
         return np.zeros((len(rows), 2), dtype=np.float32)
-    kept = _principal(rows, _KEPT if method == "tsne" else 2, seed)
+    kept = _principal(rows, _KEPT if method == "tsne" else 2)
     if method == "pca" or len(rows) < 5:  # a handful of samples have no neighbourhoods
         return kept[:, :2].astype(np.float32)
     if method == "umap":
@@ -91,11 +92,13 @@ def project(features: np.ndarray, method: Method = "tsne", seed: int = 0) -> np.
     return np.asarray(tsne.fit_transform(kept.astype(np.float32)), dtype=np.float32)
 
 
-def _principal(rows: np.ndarray, number: int, seed: int) -> np.ndarray:
+def _principal(rows: np.ndarray, number: int) -> np.ndarray:
     """The first principal components `(N, number)`; fewer where there are fewer, but at least two, of zeros."""
     from sklearn.decomposition import PCA
 
-    found = PCA(min(number, *rows.shape), random_state=seed).fit_transform(rows)
+    # Both are exact, and by default scikit-learn takes a random one for many samples.
+    solver = "covariance_eigh" if rows.shape[1] <= len(rows) else "full"
+    found = PCA(min(number, *rows.shape), svd_solver=solver).fit_transform(rows)
     return np.pad(found, ((0, 0), (0, max(0, 2 - found.shape[1]))))
 
 
@@ -111,7 +114,7 @@ class Neighbours(NamedTuple):
     precision: float | None
 
 
-def judge_neighbours(features: np.ndarray, label: np.ndarray) -> Neighbours:
+def judge_neighbours(features: Tensor, label: Tensor) -> Neighbours:
     """Compare the class of every sample with that of its nearest neighbour by cosine similarity, itself left out.
 
     The precision is precision at 1. Samples without a label are no neighbours; they and those without another one of their class
@@ -119,7 +122,7 @@ def judge_neighbours(features: np.ndarray, label: np.ndarray) -> Neighbours:
 
     Args:
         features: `(N, D)` float, finite.
-        label: `(N,)` int; -1 where it is unknown.
+        label: `(N,)` int64 on the same device; -1 where it is unknown.
 
     Returns:
         Which ones have a wrong neighbour, and the precision.
@@ -128,22 +131,22 @@ def judge_neighbours(features: np.ndarray, label: np.ndarray) -> Neighbours:
         ValueError: if a feature is not finite.
 
     Example:
-        >>> judge_neighbours(np.array([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), np.array([0, 0, 1, 1])).precision
+        >>> judge_neighbours(torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [0.1, 1.0]]), torch.tensor([0, 0, 1, 1])).precision
         1.0
     """
-    wrong = np.zeros(len(label), dtype=bool)
-    known = np.flatnonzero(label >= 0)
-    classes, place = np.unique(label[known], return_inverse=True)
-    counts = np.bincount(place, minlength=len(classes))[place] > 1
-    if not counts.any():
-        return Neighbours(wrong, None)
-    rows = F.normalize(torch.from_numpy(np.asarray(features[known], dtype=np.float32)), dim=1)
-    nearest = nearest_neighbours(rows, rows, 2)[1].numpy()
+    known = (label >= 0).nonzero().squeeze(1)
+    _, place, counts = label[known].unique(return_inverse=True, return_counts=True)
+    has_others = counts[place] > 1
+    wrong = torch.zeros_like(label, dtype=torch.bool)
+    if not has_others.any():
+        return Neighbours(wrong.cpu().numpy(), None)
+    rows = F.normalize(features[known].float(), dim=1)
+    nearest = nearest_neighbours(rows, rows, 2)[1]
     # Of equal rows another one may come before the sample itself.
-    other = np.where(nearest[:, 0] == np.arange(len(known)), nearest[:, 1], nearest[:, 0])
-    differs = (place[other] != place) & counts
-    wrong[known] = differs
-    return Neighbours(wrong, 1 - float(differs.sum()) / float(counts.sum()))
+    own = torch.arange(len(known), device=label.device)
+    other = torch.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
+    wrong[known] = (place[other] != place) & has_others
+    return Neighbours(wrong.cpu().numpy(), 1 - int(wrong.sum()) / int(has_others.sum()))
 
 
 def stratified_subset(label: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
