@@ -64,6 +64,14 @@ def test_all_alike_is_drawn() -> None:
     plot_embedding([make_map(place=np.zeros((40, 2)))], list("abcd")).canvas.draw()
 
 
+def test_thousands_of_classes() -> None:
+    label = np.concatenate([np.arange(3000), np.repeat(np.arange(2800, 2950), 2)])
+    names = [f"class {number}" for number in range(3000)]
+    figure = plot_embedding([make_map(len(label), label=label)], names)
+    assert [text.get_text() for text in figure.axes[0].texts] == names[2800:2950], "the largest ones"
+    assert len(set(class_palette(3000))) == 256
+
+
 def test_names_do_not_cover_one_another() -> None:
     places = np.concatenate([DRAW.rand(60, 2) * 6, np.full((10, 2), 3.0), [[0, 0], [6, 6]]])
     sizes = np.tile([0.5, 0.15], (len(places), 1))
@@ -72,6 +80,7 @@ def test_names_do_not_cover_one_another() -> None:
     assert (gap.max(axis=2) > -1e-3).all()
     assert (moved >= sizes / 2 - 1e-9).all()
     assert (moved <= 6 - sizes / 2 + 1e-9).all()
+    assert plots._apart(np.array([[0.0, 6.0]]), sizes[:1], 6.0)[0] == pytest.approx([0.25, 5.925]), "one alone stays inside, too"
 
 
 def test_page_holds_every_sample(tmp_path: Path) -> None:

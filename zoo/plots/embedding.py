@@ -29,6 +29,8 @@ _MARGIN = 0.15
 _GAP = 0.35
 _HEADER = 0.55
 _FOOTER = 0.3
+_COLORS = 256  # more would hardly differ
+_NAMED = 150  # more names would hide the map
 _TILE = 32  # pixels of a thumbnail, at most
 _PIXELS = 1 << 23  # of all thumbnails of a map together
 
@@ -104,7 +106,7 @@ def class_palette(number: int) -> tuple[str, ...]:
     """Colours that differ for those who do not see red or green, too: six known ones, then always the one that differs most from all before.
 
     The difference of two colours is their distance in OKLab: the smallest of those with full colour vision (which counts 0.6), with
-    protanopia and with deuteranopia. Some dozens of colours can be told apart; beyond them, names must help.
+    protanopia and with deuteranopia. Some dozens of colours can be told apart; beyond them, names must help. After 256 they come again.
 
     Args:
         number: of colours.
@@ -128,12 +130,12 @@ def class_palette(number: int) -> tuple[str, ...]:
     seen, least = _as_seen(candidates), np.full(len(candidates), np.inf)
     weight = np.array([0.6, 1.0, 1.0])[:, None]
     codes: list[str] = []
-    while len(codes) < number:
+    while len(codes) < min(number, _COLORS):
         code = _FIRST[len(codes)] if len(codes) < len(_FIRST) else _code(candidates[least.argmax()])
         codes.append(code)
         chosen = np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)])
         least = np.minimum(least, (np.linalg.norm(seen - _as_seen(chosen[None]), axis=-1) * weight).min(axis=0))
-    return tuple(codes)
+    return tuple(codes[place % _COLORS] for place in range(number))
 
 
 def _code(rgb: np.ndarray) -> str:
@@ -153,7 +155,7 @@ def _as_seen(rgb: np.ndarray) -> np.ndarray:
 def plot_embedding(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> Figure:
     """Draw maps side by side, in the same colours; the name of each class stands where most of its samples lie.
 
-    Samples to mark have a dark ring, those without a label are grey. Names that would cover one another are moved apart.
+    Of more than 150 classes in a map, the largest ones are named. Samples to mark have a dark ring, those without a label are grey. Names that would cover one another are moved apart.
 
     Args:
         maps: one panel each.
@@ -223,12 +225,13 @@ def _draw(axes: Axes, each: EmbeddingMap, class_names: Sequence[str], side: floa
         axes.scatter(inches[each.wrong, 0], inches[each.wrong, 1], s=1.5 * area + 4, facecolors="none", edgecolors=INK, linewidths=0.7)
 
     font = float(np.clip(13 - 1.7 * np.log2(max(classes, 10) / 10), 6.5, 13))
-    present = [cls for cls in np.unique(each.label).tolist() if cls >= 0]
+    found, counts = np.unique(each.label[each.label >= 0], return_counts=True)
+    present = np.sort(found[np.argsort(-counts, kind="stable")[:_NAMED]]).tolist()
     names = [shorten(str(class_names[cls]), 18) for cls in present]
     anchors = np.array([_typical(inches[each.label == cls]) for cls in present]).reshape(-1, 2)
-    sizes = np.array([(text_width([name], font) + 0.09, font * 1.5 / 72) for name in names]).reshape(-1, 2)
-    # Many names would cover their few points, so they stand above them.
-    above = np.array([0.0, sizes[0, 1] if classes > 40 else 0.0]) if classes else np.zeros(2)
+    sizes = np.array([(text_width([name], font) + 0.15, font * 1.5 / 72) for name in names]).reshape(-1, 2)
+    # Names of few points would cover them, so they stand above.
+    above = np.array([0.0, font * 1.5 / 72 if len(inches) < 40 * classes or classes > 40 else 0.0])
     for cls, name, anchor, at in zip(present, names, anchors, _apart(anchors + above, sizes, side), strict=True):
         if np.abs(at - anchor - above).max() > 0.12:
             axes.plot(*np.stack([anchor, at]).T, color=INK, linewidth=0.5, alpha=0.7)
@@ -246,6 +249,7 @@ def _apart(places: np.ndarray, sizes: np.ndarray, side: float) -> np.ndarray:
     # Boxes at one place need a direction to part.
     at = places + np.random.default_rng(0).normal(scale=1e-3, size=places.shape)
     for _ in range(200):
+        at = at.clip(sizes / 2, side - sizes / 2)
         offset = at[:, None] - at[None]
         overlap = (sizes[:, None] + sizes[None]) / 2 - np.abs(offset)
         covers = (overlap > 0).all(axis=2)
@@ -255,8 +259,7 @@ def _apart(places: np.ndarray, sizes: np.ndarray, side: float) -> np.ndarray:
         # Along the direction in which less is to be done, each a little more than half of the way.
         shorter = overlap == overlap.min(axis=2, keepdims=True)
         at = at + (np.sign(offset) * overlap * (covers[..., None] & shorter)).sum(axis=1) * 0.525
-        at = at.clip(sizes / 2, side - sizes / 2)
-    return at
+    return at.clip(sizes / 2, side - sizes / 2)
 
 
 # The page
