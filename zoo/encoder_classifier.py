@@ -123,12 +123,10 @@ class EncoderClassifier(LightningModule):
         self.head: Any
         if head == "linear":
             self.head = LinearHead(self.num_features, num_classes)
+        elif head == "knn":
+            self.head = NeighboursHead(num_classes, k, temperature)
         else:
-            self.head = (
-                NeighboursHead(num_classes, k, temperature)
-                if head == "knn"
-                else ClassMeansHead(self.num_features, num_classes, temperature)
-            )
+            self.head = ClassMeansHead(self.num_features, num_classes, temperature)
         # What raw inputs are, and what `predict` does to them.
         self.image_input = getattr(model, "image_input", None)
         self.normalization = getattr(model, "normalization", None)
@@ -237,7 +235,7 @@ class EncoderClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
         self._check_data(trainer.datamodule)
-        self._cache = None
+        self._cache = self._schedule = None
         self.automatic_optimization = True
         if stage != "fit" or trainer.limit_train_batches == 0:
             return
@@ -303,8 +301,7 @@ class EncoderClassifier(LightningModule):
         if self.lr == "auto":
             assert self._cache is not None
             head = copy.deepcopy(self.head)
-            with torch.enable_grad():
-                self.lr = self._cache.find_lr(head, self._make_optimizer(head), self.label_smoothing)
+            self.lr = self._cache.find_lr(head, self._make_optimizer(head), self.label_smoothing)
         self._lr_in_use = self.lr
         built = configure_optimizer(self, lambda _: self._make_optimizer(self.head), self.lr_scheduler and self._make_scheduler)
         if self._cache is None or not isinstance(built, dict):
