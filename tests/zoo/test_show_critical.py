@@ -167,7 +167,7 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], words: st
 
 def test_help(run: Callable[..., tuple[int, str, str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show"]) == 0
-    assert "show critical FILE... --model NAME" in capsys.readouterr().out
+    assert "show critical  FILE... --model NAME" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         run("--help")
     assert stop.value.code == 0
