@@ -7,6 +7,7 @@ if __name__ != "litzoo.callbacks":
     raise ImportError("import it as litzoo.callbacks: a bare `callbacks` would be a second copy of the package")
 
 CALLBACKS = {
+    "CheckpointAverage": "checkpoint_average",
     "CollapseWatch": "collapse_watch",
     "ConfusionMatrixPlot": "confusion_matrix_plot",
     "CriticalPointsPlot": "critical_points_plot",
@@ -34,6 +35,7 @@ _FUNCTIONS = {"average_checkpoints": "swa", "discriminative_param_groups": "disc
 __all__ = list(CALLBACKS) + list(_FUNCTIONS)
 
 if TYPE_CHECKING:
+    from .checkpoint_average import CheckpointAverage as CheckpointAverage
     from .collapse_watch import CollapseWatch as CollapseWatch
     from .confusion_matrix_plot import ConfusionMatrixPlot as ConfusionMatrixPlot
     from .critical_points_plot import CriticalPointsPlot as CriticalPointsPlot

@@ -1,21 +1,17 @@
 """SWA: the mean of the weights at the end of the last epochs, or of several checkpoints."""
 
-import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .averaged_weights import AveragedWeights
-from .features import kept_generators, to_device
+from .batch_norm import batch_norms, check_batch_norm, estimate_batch_norm, modules_in_eval
 from .guards import refuse
 
 
@@ -91,17 +87,11 @@ class SWA(AveragedWeights):
             self._find_buffers(pl_module)
             self._move_average(1 / (self._updates + 1))
             self._stale = True
-            self._note_modes(pl_module)
+            self._eval = modules_in_eval(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._note_modes(pl_module)
-        if not self._batch_norms(pl_module):
-            return
-        if type(pl_module).forward.__qualname__ in ("LightningModule.forward", "_forward_unimplemented"):
-            raise refuse(self, "needs a forward to estimate BatchNorm's statistics", "define forward(self, x), or use EMA")
-        has_own = self.reference_loader is not None or hasattr(trainer.datamodule, "eval_train_dataloader")  # type: ignore[attr-defined]
-        if not has_own and isinstance(trainer.train_dataloader, (dict, list, tuple)):
-            raise refuse(self, "cannot tell which of several training loaders has the inputs of forward", "give reference_loader")
+        self._eval = modules_in_eval(pl_module)
+        check_batch_norm(self, trainer, pl_module, self.reference_loader)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._stale:  # now, because within the next epoch a second pass could take over the loader's only iterator
@@ -111,9 +101,6 @@ class SWA(AveragedWeights):
     def _first_epoch(self, trainer: Trainer) -> int:
         # In floats 0.58 * 50 is 28.999...
         return int(self.start * (trainer.max_epochs or 0) + 1e-9) if self.start < 1 else int(self.start)
-
-    def _note_modes(self, pl_module: LightningModule) -> None:
-        self._eval = {name for name, module in pl_module.named_modules() if not module.training}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._updates:
@@ -132,75 +119,15 @@ class SWA(AveragedWeights):
         if not self._updates or self._raw is not None:
             return
         super()._show_average(trainer, pl_module)
-        layers = self._batch_norms(pl_module)
+        layers = batch_norms(pl_module, self._eval)
         if self._stale and layers:
-            batches = 0
-            with _batch_norm_statistics(pl_module, layers, self._eval):
-                for batch in islice(self._batches(trainer, pl_module), self.batch_norm_batches):
-                    batches += 1
-                    with trainer.precision_plugin.forward_context():
-                        pl_module(batch[0] if isinstance(batch, (tuple, list)) else batch)
-            if not batches:
-                raise refuse(self, "got no batch to estimate BatchNorm's statistics", "give a reference_loader that has some each time")
-            _mean_over_processes(trainer, layers)
+            estimate_batch_norm(self, trainer, pl_module, self._eval, self.reference_loader, self.batch_norm_batches)
             # Estimated once per average: keep them with it.
             statistics = {id(tensor) for layer in layers for tensor in (layer.running_mean, layer.running_var)}
             for live, average in zip(self._live, self._average, strict=True):
                 if id(live) in statistics:
                     average.copy_(live)
         self._stale = False
-
-    def _batch_norms(self, pl_module: LightningModule) -> list[_BatchNorm]:
-        """The layers whose statistics the training estimates."""
-        return [
-            module
-            for name, module in pl_module.named_modules()
-            if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in self._eval
-        ]
-
-    def _batches(self, trainer: Trainer, pl_module: LightningModule) -> Iterator[Any]:
-        loader: Any = self.reference_loader
-        limit = None
-        if loader is None:
-            make = getattr(trainer.datamodule, "eval_train_dataloader", None)  # type: ignore[attr-defined]
-            loader = trainer.train_dataloader if make is None else make()
-            if make is None and trainer.num_training_batches != float("inf"):
-                limit = int(trainer.num_training_batches)  # limit_train_batches
-        with kept_generators(loader):
-            for batch in islice(loader, limit):
-                yield to_device(trainer, pl_module, batch)
-
-
-@contextlib.contextmanager
-def _batch_norm_statistics(pl_module: LightningModule, layers: Sequence[_BatchNorm], in_eval: set[str]) -> Iterator[None]:
-    """Estimate the statistics of the layers anew, as plain means over the batches that run inside.
-
-    `torch.optim.swa_utils.update_bn` replaces the buffers, which others hold, and sets every submodule to one mode.
-    """
-    modes = {module: module.training for module in pl_module.modules()}
-    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
-    try:
-        for name, module in pl_module.named_modules():
-            module.training = name not in in_eval
-        for layer in layers:
-            layer.num_batches_tracked = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
-            layer.reset_running_stats()
-            layer.momentum = None  # cumulative mean
-        with isolate_rng(include_cuda=pl_module.device.type == "cuda"):  # torch's, numpy's and Python's
-            yield
-    finally:
-        for layer, (momentum, batches) in zip(layers, before, strict=True):
-            layer.momentum, layer.num_batches_tracked = momentum, batches
-        for module, training in modes.items():
-            module.training = training
-
-
-def _mean_over_processes(trainer: Trainer, layers: Sequence[_BatchNorm]) -> None:
-    if trainer.world_size > 1:
-        for layer in layers:
-            for statistic in (layer.running_mean, layer.running_var):
-                assert statistic is not None
-                statistic.copy_(trainer.strategy.reduce(statistic.clone(), reduce_op="mean"))
 
 
 def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | os.PathLike[str]) -> Path:

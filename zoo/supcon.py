@@ -1,6 +1,5 @@
 """Supervised contrastive learning (Khosla et al., NeurIPS 2020), first stage: an encoder learns to draw classes together and apart."""
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -128,8 +127,8 @@ class SupConEncoder(LightningModule):
         self.queue = FeatureQueue(embedding_dim, queue_size, num_classes if mixup or cutmix else None) if queue_size else None
         self.val_precision = PrecisionAtOne()
         self.test_precision = PrecisionAtOne()
-        # Views of all processes in the last step.
-        self._rows = 0
+        # Labelled rows of the last step, in all processes and the queue.
+        self._rows: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Images `(B, C, H, W)` -> embeddings z `(B, embedding_dim)` of length one."""
@@ -166,13 +165,9 @@ class SupConEncoder(LightningModule):
     # Training
 
     @property
-    def collapsed_loss(self) -> float | None:
-        """The loss if all embeddings were the same: log(R - 1) for R views in all processes and the queue; None before the first step."""
-        if self._rows < 2:
-            return None
-        label = None if self.queue is None else self.queue.contents()[1]
-        queued = 0 if label is None else int((label >= 0).sum() if label.dim() == 1 else label.any(dim=1).sum())
-        return math.log(self._rows + queued - 1)
+    def collapsed_loss(self) -> Tensor | None:
+        """The loss of the last step if all embeddings were the same, log(R - 1) for R labelled rows; None before the first step."""
+        return None if self._rows is None else (self._rows - 1).clamp_min(1).log()
 
     def on_fit_start(self) -> None:
         if self.queue is not None:
@@ -200,14 +195,16 @@ class SupConEncoder(LightningModule):
         if not self.supervised and views < 2:
             raise ValueError("without supervision the positives of an image are its other views: set the views of the data to 2")
         z = self._embed_in_chunks(images.flatten(0, 1)).unflatten(0, (size, views))
+        rows = self.trainer.world_size * views * (_labelled(label) if self.supervised else torch.tensor(size))
         if self.queue is None:
             loss = supcon_loss(z, label if self.supervised else None, self.temperature, self.mode)
         else:
-            label = label if self.supervised else _index(batch)
-            loss = supcon_loss(z, label, self.temperature, self.mode, self.queue.contents())
+            label, queue = label if self.supervised else _index(batch), self.queue.contents()
+            loss = supcon_loss(z, label, self.temperature, self.mode, queue)
+            rows = rows + _labelled(queue[1])
             if not self.queue.is_staged:  # a second pass over the batch (SAM, FGM) sees other weights
                 self.queue.stage(z.flatten(0, 1), label.repeat_interleave(views, dim=0))
-        self._rows = size * views * self.trainer.world_size
+        self._rows = rows
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         return loss
 
@@ -278,6 +275,11 @@ def _unpack(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     if images.dim() == 4:
         images = images.unsqueeze(1)
     return images, label.long(), batch.key if isinstance(batch, Batch) else None
+
+
+def _labelled(label: Tensor) -> Tensor:
+    """How many rows `(R,)` or, with soft labels, `(R, C)` have a label."""
+    return (label >= 0).sum() if label.dim() == 1 else label.any(dim=1).sum()
 
 
 def _index(batch: Any) -> Tensor:

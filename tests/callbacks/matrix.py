@@ -358,6 +358,7 @@ _AVERAGE = {"weights_only": "save_weights_only=True"}
 _AVERAGE_REASON = {"weights_only": "Lightning asks no callback for such a file"}
 
 ROWS: dict[str, Row] = {
+    "CheckpointAverage": Row(lambda: callbacks.CheckpointAverage()),
     "CollapseWatch": Row(lambda: callbacks.CollapseWatch(collapsed_loss=1.0), logs=frozenset({"train/collapse_ratio", "val/feature_rank"})),
     "ConfusionMatrixPlot": Row(lambda: callbacks.ConfusionMatrixPlot(every_n_epochs=99)),
     "DecisionBoundaryPlot": Row(lambda: callbacks.DecisionBoundaryPlot()),

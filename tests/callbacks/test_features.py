@@ -103,14 +103,16 @@ def _world() -> tuple[int, int]:
     return (torch.distributed.get_world_size(), torch.distributed.get_rank()) if distributed else (1, 0)
 
 
-def check(model: Net, bank: Any, inputs: dict[int, Tensor], name: str, exact: bool = True) -> None:
+def check(model: Net, bank: Any, inputs: dict[int, Tensor], name: str) -> None:
     features, label, key = bank
     x, true = dataset().tensors
     order = torch.arange(SAMPLES)
     if name in ("shuffled", "generator", "python", "batch sampler"):  # in some order that is always the same
         order = torch.cdist(features, expected(model)).argmin(dim=1)
         assert sorted(order.tolist()) == list(range(SAMPLES))
-    torch.testing.assert_close(features, expected(model)[order], rtol=0, atol=0 if exact else 1e-6)
+    torch.testing.assert_close(
+        features, expected(model)[order], rtol=0, atol=1e-6
+    )  # of 4 rows and of 23 a product may differ in its last bit
     assert torch.equal(label, true[order])
     assert torch.equal(key, key.sort().values)
     assert set(inputs) == set(key[[2, 3, 20]].tolist())
@@ -123,7 +125,7 @@ def test_encodes_a_loader(name: str, tmp_path: Path) -> None:
     model, probe = Net(norm=True), Probe(MAKERS[name])
     trainer = make_trainer(tmp_path, probe, max_epochs=1)
     trainer.fit(model, Loader(batches(0)), Loader(batches(9, 2)))
-    check(model, probe.banks[-1], probe.inputs[-1], name, exact=name != "one batch")
+    check(model, probe.banks[-1], probe.inputs[-1], name)
 
 
 class Draws(Net):
@@ -396,7 +398,7 @@ def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., No
         assert all(torch.equal(inputs[key], others[key]) for key in inputs), name
         model = Net(norm=True)
         model.load_state_dict(weights)
-        check(model, first, inputs, name, exact=False)
+        check(model, first, inputs, name)
 
 
 if __name__ == "__main__":
