@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
-from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, training_features
+from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
 from .functional.points import normalize_points
 from .layers.classification_metrics import classification_metrics
 from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead
@@ -235,9 +235,11 @@ class EncoderClassifier(LightningModule):
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
         self._check_data(trainer.datamodule)
+        if stage != "fit":
+            return
         self._cache = self._schedule = None
         self.automatic_optimization = True
-        if stage != "fit" or trainer.limit_train_batches == 0:
+        if trainer.limit_train_batches == 0:
             return
         if self._learns:
             _check_labels(trainer.datamodule)
@@ -254,7 +256,11 @@ class EncoderClassifier(LightningModule):
         self._short_epochs.begin(trainer)
 
     def _check_data(self, data: Any) -> None:
-        """Refuse data that the encoder was not made for."""
+        """Refuse data that the classifier or its encoder was not made for."""
+        if getattr(data, "num_classes", 0) > self.num_classes:
+            raise ValueError(
+                f"the data have {data.num_classes} classes, but num_classes of the model is {self.num_classes}: set it to that"
+            )
         if self.image_input is None:
             wanted = {"normalization": self.normalization}
         else:
@@ -353,9 +359,7 @@ class EncoderClassifier(LightningModule):
             inputs, label = inputs.flatten(0, 1), label.repeat_interleave(inputs.shape[1])
         logits = self(inputs)
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
-        self.train_accuracy.update(logits.detach(), label)
-        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
-        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
+        self._log_training(loss, logits.argmax(dim=1), label)
         return loss
 
     def _train_on(self, cache: FeatureCache) -> None:
@@ -363,26 +367,26 @@ class EncoderClassifier(LightningModule):
         counter: Any = self.optimizers()
         optimizer: Optimizer = counter.optimizer  # as it is: what Lightning wraps around a step costs more than the step
         schedule = self._schedule or {"interval": None}
-        losses, right, sizes = [], [], []
+        losses, guesses, labels = [], [], []
         for features, label in cache.minibatches(self.current_epoch):
-            logits = self.head(features)
-            loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            loss, guess = step_on(self.head, optimizer, features, label, self.label_smoothing)
             _count_step(counter)
             if schedule["interval"] == "step":
                 schedule["scheduler"].step()
-            losses.append(loss.detach() * len(label))
-            right.append((logits.argmax(dim=1) == label).sum())
-            sizes.append(len(label))
+            losses.append(loss * len(label))
+            guesses.append(guess)
+            labels.append(label)
             if self.global_step == self.trainer.max_steps:
                 break
         if schedule["interval"] == "epoch" and not isinstance(schedule["scheduler"], ReduceLROnPlateau):
             schedule["scheduler"].step()
-        samples = sum(sizes)
-        self.log("train/accuracy", torch.stack(right).sum() / samples, on_step=False, on_epoch=True, batch_size=samples)
-        self.log("train/loss", torch.stack(losses).sum() / samples, on_step=False, on_epoch=True, prog_bar=True, batch_size=samples)
+        every = torch.cat(labels)
+        self._log_training(torch.stack(losses).sum() / len(every), torch.cat(guesses), every)
+
+    def _log_training(self, loss: Tensor, guess: Tensor, label: Tensor) -> None:
+        self.train_accuracy.update(guess, label)
+        self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
 
     def on_train_epoch_end(self) -> None:
         if self._schedule is None or not isinstance(self._schedule["scheduler"], ReduceLROnPlateau):

@@ -110,11 +110,8 @@ class FeatureCache:
             rate = _LEAST_LR * (_LARGEST_LR / _LEAST_LR) ** (step / (_STEPS - 1))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss = F.cross_entropy(head(features), label, label_smoothing=label_smoothing)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            mean = 0.9 * mean + 0.1 * float(loss.detach())
+            loss, _ = step_on(head, optimizer, features, label, label_smoothing)
+            mean = 0.9 * mean + 0.1 * float(loss)
             logarithms.append(math.log(rate))
             losses.append(mean / (1 - 0.9 ** (step + 1)))
             if not losses[-1] <= 4 * min(losses):
@@ -126,6 +123,33 @@ class FeatureCache:
             raise ValueError("the range test diverged at once and found no learning rate: set lr to a number")
         rank_zero_info(f"lr auto: {math.exp(found):.3g}, by a range test of {len(losses)} steps")
         return math.exp(found)
+
+
+def step_on(head: nn.Module, optimizer: Optimizer, features: Tensor, label: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor]:
+    """A step of the cross entropy on a minibatch.
+
+    Args:
+        head: features -> logits.
+        optimizer: of the head; one that evaluates a step several times, such as LBFGS, may.
+        features: `(B, D)`.
+        label: `(B,)`.
+        label_smoothing: of the cross entropy.
+
+    Returns:
+        The loss `()` and the predicted classes `(B,)`, both of before the step.
+    """
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        logits = head(features)
+        loss = F.cross_entropy(logits, label, label_smoothing=label_smoothing)
+        loss.backward()
+        found.append((loss.detach(), logits.detach().argmax(dim=1)))
+        return loss
+
+    optimizer.step(closure)
+    return found[0]
 
 
 def training_features(module: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
@@ -85,37 +86,39 @@ def raw_digits(*classes: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("of_model", "of_data", "of_trainer"),
     [
-        {},
-        {"balanced": True},
-        {"limit_train_batches": 3},
-        {"limit_train_batches": 0.5},
-        {"max_steps": 13},
-        {"lr_scheduler": None, "label_smoothing": 0.1},
-        {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)},
-        {"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 5.0, total_steps=30)},
-        {"overfit_batches": 2},
+        ({}, {}, {}),
+        ({}, {"balanced": True}, {}),
+        ({}, {}, {"limit_train_batches": 3}),
+        ({}, {}, {"limit_train_batches": 0.5}),
+        ({}, {}, {"overfit_batches": 2}),
+        ({}, {}, {"max_steps": 13}),
+        ({"lr_scheduler": None, "label_smoothing": 0.1}, {}, {}),
+        ({"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)}, {}, {}),
+        ({"lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 5.0, total_steps=30)}, {}, {}),
+        ({"lr_scheduler": None, "optimizer": lambda params: torch.optim.LBFGS(params, lr=0.1, max_iter=2)}, {}, {}),
     ],
 )
-def test_cached_training_equals_training_on_the_batches(settings: dict[str, Any]) -> None:
+def test_cached_training_equals_training_on_the_batches(
+    of_model: dict[str, Any], of_data: dict[str, Any], of_trainer: dict[str, Any]
+) -> None:
     """The same minibatches, steps, rates and logged numbers, in float64."""
     found = []
     for cache in (True, False):
-        model = model_of(cache_features=cache, **{k: v for k, v in settings.items() if k in ("lr_scheduler", "label_smoothing")})
-        data = data_of(balanced=settings.get("balanced", False))
-        limits = {k: v for k, v in settings.items() if k in ("limit_train_batches", "max_steps", "overfit_batches")}
-        trainer = fit(model, data, precision="64-true", **limits)
-        assert (trainer.limit_train_batches, trainer.log_every_n_steps) == (
-            limits.get("limit_train_batches", trainer.limit_train_batches),
-            50,
-        )
+        model = model_of(cache_features=cache, **of_model)
+        trainer = fit(model, data_of(**of_data), precision="64-true", **of_trainer)
+        assert trainer.log_every_n_steps == 50
+        assert trainer.limit_train_batches == of_trainer.get("limit_train_batches", trainer.overfit_batches or 1.0)
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
-        found.append((tensors(model.head), trainer.global_step, rates, {k: float(v) for k, v in trainer.callback_metrics.items()}))
-    (weights, steps, rates, metrics), (weights_2, steps_2, rates_2, metrics_2) = found
-    assert (steps, rates) == (steps_2, rates_2)
-    if "max_steps" in settings:  # training on the batches breaks off without a last validation
-        metrics, metrics_2 = ({k: v for k, v in some.items() if k.startswith("train")} for some in (metrics, metrics_2))
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "max_steps" in of_trainer:  # training on the batches breaks off without a last validation
+            metrics = {name: value for name, value in metrics.items() if name.startswith("train")}
+        if "optimizer" in of_model:  # and counts every evaluation of a step
+            metrics = {name: value for name, value in metrics.items() if name.startswith("val")}
+        found.append((tensors(model.head), metrics, (trainer.global_step, rates)))
+    (weights, metrics, steps), (weights_2, metrics_2, steps_2) = found
+    assert steps == steps_2
     assert metrics == pytest.approx(metrics_2, abs=1e-6)
     torch.testing.assert_close(weights, weights_2, rtol=1e-5, atol=1e-7)  # images are normalised in float32, and in another order
     assert weights["weight"].abs().max() > 0
@@ -256,6 +259,18 @@ def test_lightnings_finder_sets_the_rate() -> None:
     assert finder.optimal_lr is not None
     assert model.lr == finder.optimal_lr.suggestion() != 10.0
     assert trainer.optimizers[0].param_groups[0]["lr"] == model.lr, "the scheduler has it too"
+
+
+def test_lightnings_tuner_before_a_cached_fit() -> None:
+    model = model_of(lr_scheduler=None)
+    trainer = Trainer(**{**QUIET, "max_epochs": 4})
+    found = Tuner(trainer).lr_find(model, datamodule=data_of(), min_lr=1e-3, max_lr=30, num_training=30)
+    assert found is not None
+    trainer.fit(model, datamodule=data_of())
+    assert trainer.optimizers[0].param_groups[0]["lr"] == model.lr == found.suggestion()
+    trainer.test(model, data_of(), verbose=False)
+    assert trainer.global_step == 40, "on cached features, also after a test"
+    assert not model.automatic_optimization
 
 
 # Fine-tuning
@@ -466,6 +481,11 @@ def test_images_that_the_encoder_was_not_made_for(setting: dict[str, Any], messa
     with pytest.raises(ValueError, match=message):
         Trainer(**QUIET).validate(model_of(), data_of(**setting), verbose=False)
     fit(model_of(), data_of(mean=[0.305]), max_epochs=1)
+
+
+def test_more_classes_than_the_model_has() -> None:
+    with pytest.raises(ValueError, match="the data have 10 classes, but num_classes of the model is 5"):
+        fit(model_of(num_classes=5))
 
 
 def test_plain_loaders() -> None:
