@@ -56,6 +56,12 @@ class FeatureCache:
     Args:
         data: a DataModule of litzoo that does not augment.
         limit: the trainer's `limit_train_batches`: minibatches of an epoch, or their share.
+
+    Example:
+        >>> cache = FeatureCache(DigitsDataModule(augmentation="none"), limit=1.0)
+        >>> cache.fill(features, label, index)
+        >>> for features, label in cache.minibatches(epoch=0):
+        ...     step_on(head, optimizer, features, label, label_smoothing=0.0)
     """
 
     def __init__(self, data: Any, limit: float) -> None:
