@@ -62,8 +62,10 @@ class CheckpointAverage(Callback):
             self.average_path = None
             refuse_sharded(self, trainer)
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._eval = modules_in_eval(pl_module)  # already here, for a training that was over when it was resumed
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._eval = modules_in_eval(pl_module)
         check_batch_norm(self, trainer, pl_module, self.reference_loader)
         if _keeper(trainer) is None and not getattr(trainer, "fast_dev_run", False):
             rank_zero_warn("CheckpointAverage has nothing to average: add ModelCheckpoint(monitor=..., save_top_k=3)")
