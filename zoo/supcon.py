@@ -220,12 +220,9 @@ class SupConEncoder(LightningModule):
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
         images, label = input_and_label(batch)
         features = self.encode(images)
-        projected = self.projection(features)
+        # No loss: that of a batch depends on which images it holds, and evaluation batches may hold one class only.
         (self.val_precision if stage == "val" else self.test_precision).update(features, label)
-        if self.supervised:
-            loss = supcon_loss(projected, label, self.temperature, gather=False)
-            self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(label), sync_dist=True)
-        return {"embedding": F.normalize(projected.float()), "label": label}
+        return {"embedding": F.normalize(self.projection(features).float()), "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, "val")
