@@ -14,6 +14,7 @@ MODELS = {
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
     "PointNetSegmenter": "pointnet_segmenter",
+    "RelationalReasoning": "relational_reasoning",
     "SupConEncoder": "supcon",
 }
 _EXPORTS = {
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .pretrained import load as load
     from .pretrained import load_encoder as load_encoder
     from .pretrained import save as save
+    from .relational_reasoning import RelationalReasoning as RelationalReasoning
     from .supcon import SupConEncoder as SupConEncoder
 
 

@@ -1,0 +1,245 @@
+"""Relational reasoning (Patacchiola & Storkey, NeurIPS 2020): an encoder learns without labels whether two views are of one image."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from .batch import input_and_label
+from .image_input import ImageInput
+from .layers.modes import evaluating
+from .layers.precision_at_one import PrecisionAtOne
+from .layers.relation_head import Aggregation, RelationHead
+from .optimization import configure_optimizer
+
+
+class RelationalReasoning(LightningModule):
+    """Relational reasoning: of pairs of augmented views, a relation head is to say which are of one image and which of two.
+
+    K views of each of M images make K (K - 1) M pairs, half of them positive: two views of an image. A negative pair is a view of
+    an image and one of another, by a roll of the batch (`view_pairs`). With the encoder's features z = g(x), the head r gives the logit
+
+        r(z_i, z_j) = w . LeakyReLU(BatchNorm(U a(z_i, z_j) + u)) + b,
+
+    where the aggregation a is the concatenation, the sum, the mean, or the maximum of each dimension. The loss is the binary
+    cross-entropy of all pairs, weighted by their difficulty (`relation_loss`). Images of one class that make a negative pair are not
+    spared: the method knows no classes.
+
+    The features g(x) are the result, `forward` and `encode` alike; `EncoderClassifier` classifies them. The head remains of use to score
+    how related two images are: `relation_score`.
+
+    Batches are `Batch` with views `(B, K, C, H, W)`, or such views, alone or first in a tuple, where they may be a list of K tensors
+    `(B, C, H, W)`; labels are not looked at. Each process makes pairs of its own images. Logs the loss, and the share of pairs that the
+    head tells rightly, of all, of the positive and of the negative ones. Validation images have no second view, so there is no
+    loss: logged is the share of images whose nearest other image, by the features, has their class. By it the best checkpoint is kept.
+
+    Args:
+        backbone: the encoder g: a name or a mapping, see `resolve_backbone`.
+        num_views: K; None: as many as the data give.
+        aggregation: a: "cat", "sum", "mean" or "max".
+        hidden_dim: outputs of the head's first layer.
+        focal_gamma: how much pairs that are told well already count less; 0 is the plain cross-entropy.
+        in_channels: channels of the images.
+        image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
+        image_mean: mean of each channel, by which images were normalised before they get here; `embed` applies it to raw images.
+        image_std: standard deviation of each channel, likewise.
+        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        optimizer: parameters -> optimizer.
+        lr_scheduler: optimizer -> scheduler, or None.
+
+    Raises:
+        ValueError: if a setting is out of range, or there is no such encoder.
+
+    Example:
+        >>> model = RelationalReasoning(backbone="conv4", image_size=32)
+        >>> model.eval()(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+
+    Source:
+        Patacchiola & Storkey, "Self-Supervised Relational Reasoning for Representation Learning", NeurIPS 2020. Learning rate, head
+        and negative pairs are those of the published code, which also takes a batch of one image, whose positive pairs it calls
+        negative; here that is an error.
+    """
+
+    checkpoint_monitor = "val/precision_at_1"  # by which the command line keeps the best checkpoint
+    prefers_bf16 = True  # convolutions dominate: the command line takes bf16-mixed where the processor gains by it
+
+    def __init__(
+        self,
+        backbone: str | dict[str, Any] = "conv4",
+        num_views: int | None = None,
+        aggregation: Aggregation = "cat",
+        hidden_dim: int = 256,
+        focal_gamma: float = 2.0,
+        in_channels: int = 3,
+        image_size: int | None = 32,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        pretrained: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.Adam(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if num_views is not None and num_views < 2:
+            raise ValueError(f"num_views must be at least 2, a positive pair, got {num_views}")
+        if not (focal_gamma >= 0 and math.isfinite(focal_gamma)):
+            raise ValueError(f"focal_gamma must be a number from 0, got {focal_gamma}")
+        self.image_input = ImageInput(in_channels, image_size, image_mean, image_std)
+        description = self.image_input.resolve(backbone)
+        self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "pretrained"])
+        # Resolved, and without pretrained, so that a checkpoint loads anywhere, offline.
+        self.save_hyperparameters({"backbone": description, "pretrained": False})
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.num_views = num_views
+        self.focal_gamma = focal_gamma
+
+        self.backbone = self.image_input.create(description, pretrained)
+        self.relation = RelationHead(int(self.backbone.num_features), hidden_dim, aggregation)  # type: ignore[arg-type]  # timm's attribute
+        self.val_precision = PrecisionAtOne()
+        self.test_precision = PrecisionAtOne()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> features `(B, D)`, between which the head finds relations."""
+        return self.encode(images)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Images `(B, C, H, W)` -> features g(x) `(B, D)` of the encoder."""
+        return self.image_input.encode(self.backbone, images)
+
+    def relate(self, first: Tensor, second: Tensor) -> Tensor:
+        """Logits `(P,)` of pairs of features `(P, D)`, the mean of both orders: whether a is of one image with b has none.
+
+        The head on a concatenation gives another logit for (b, a), though in training either image of a pair comes first equally often.
+        """
+        logits = self.relation(first, second)
+        return (logits + self.relation(second, first)) / 2 if self.relation.aggregation == "cat" else logits
+
+    @torch.no_grad()
+    def embed(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Features of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+
+        Args:
+            images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
+
+        Returns:
+            `(B, D)` float32, on the model's device.
+
+        Raises:
+            ValueError: if an image has another shape, type or range, or there is none.
+
+        Example:
+            >>> model.embed(torchvision.io.decode_image("cat.png")).shape
+            torch.Size([1, 64])
+        """
+        dtype = self.relation.last.weight.dtype
+        groups = self.image_input.prepare(images, self.device)
+        with evaluating(self):
+            return torch.cat([self(group.to(dtype)) for group in groups]).float()
+
+    @torch.no_grad()
+    def relation_score(self, first: Tensor | Sequence[Tensor], second: Tensor | Sequence[Tensor]) -> Tensor:
+        """How sure the head is that images belong together, pair by pair: sigmoid of `relate`, the same for (a, b) and (b, a).
+
+        Args:
+            first: images as `embed` takes them.
+            second: as many, or one for all of the others.
+
+        Returns:
+            `(B,)` float32 in [0, 1], on the model's device; 1 is related.
+
+        Raises:
+            ValueError: if there are more of one than of the other, or `embed` refuses an image.
+
+        Example:
+            >>> model.relation_score(images, images[0]).argsort(descending=True)  # those that are most like the first one
+        """
+        dtype = self.relation.last.weight.dtype
+        features = [self.embed(images).to(dtype) for images in (first, second)]
+        counts = [len(rows) for rows in features]
+        if counts[0] != counts[1] and 1 not in counts:
+            raise ValueError(
+                f"images are scored pair by pair: give as many second images as first ones, or one, got {counts[0]} and {counts[1]}"
+            )
+        with evaluating(self):
+            return self.relate(*(rows.expand(max(counts), -1) for rows in features)).float().sigmoid()
+
+    # Training
+
+    @property
+    def collapsed_loss(self) -> float:
+        """The loss if all features were the same, and the head could but say that each pair is as likely positive as negative."""
+        return math.log(2) * 0.5 ** (self.focal_gamma + 1) if self.focal_gamma else math.log(2)
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        views, batch_size = getattr(data, "views", None), getattr(data, "batch_size", None)
+        if isinstance(views, int):
+            self._check_views(views)
+        if batch_size == 1:
+            raise ValueError("a batch of one image has no negative pair: set the batch_size of the data to at least 2")
+
+    def _check_views(self, views: int) -> None:
+        if views < 2 or self.num_views not in (None, views):
+            wanted = "at least 2" if self.num_views is None else f"{self.num_views}, the model's num_views"
+            raise ValueError(
+                f"the data give {views} {'view' if views == 1 else 'views'} of each image: set the views of the data to {wanted}"
+            )
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        images = _views_of(batch)
+        size, views = images.shape[:2]
+        self._check_views(views)
+        features = self.encode(images.flatten(0, 1)).unflatten(0, (size, views)).transpose(0, 1)
+        loss, logits, target = self.relation.loss(features, self.focal_gamma)
+        # There are as many positive pairs as negative ones.
+        positive, negative = 2 * ((logits > 0) & target).float().mean(), 2 * ((logits <= 0) & ~target).float().mean()
+        self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        scores = {"pair_accuracy": (positive + negative) / 2, "positive_accuracy": positive, "negative_accuracy": negative}
+        self.log_dict({f"train/{name}": value for name, value in scores.items()}, on_step=False, on_epoch=True, batch_size=size)
+        return loss
+
+    # Evaluation
+
+    def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
+        images, label = input_and_label(batch)
+        features = self.encode(images)
+        (self.val_precision if stage == "val" else self.test_precision).update(features, label)
+        return {"embedding": features, "label": label}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "val")
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_precision(self.val_precision, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluate(batch, "test")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_precision(self.test_precision, "test")
+
+    def _log_precision(self, metric: PrecisionAtOne, stage: str) -> None:
+        value = metric.compute()
+        metric.reset()
+        if not bool(value.isnan()):  # no image has a label
+            self.log(f"{stage}/precision_at_1", value, prog_bar=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Features `(B, D)`; the images of a DataModule are normalised already."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
+
+    def configure_optimizers(self) -> Any:
+        return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def _views_of(batch: Any) -> Tensor:
+    """Views `(B, K, C, H, W)` of a batch with labels or without."""
+    images = batch if isinstance(batch, Tensor) else batch[0]
+    if isinstance(images, (tuple, list)):
+        images = torch.stack(list(images), dim=1)
+    return images.unsqueeze(1) if images.dim() == 4 else images
