@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
+from .next_stage import check_next_stage, run_next_stage
 from .precision import native_precision
 from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, reserve_run, resume_point, run_of, shared_folder, version_of
 
@@ -117,6 +118,9 @@ class LitzooCLI(LightningCLI):
         for name in LINKS:
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="Folder of the runs; default: the recipe's name, or the model's.")
+        parser.add_argument(
+            "--then", type=str | None, default=None, help="Recipe to fit after this one, on the encoder of its best checkpoint; null: none."
+        )
         # Two, because save_last of the one that keeps the best is written only when a new best is.
         best = {"monitor": _MONITOR, "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
         last = {"filename": "last", "save_on_train_epoch_end": True, "enable_version_counter": False}
@@ -161,6 +165,8 @@ class LitzooCLI(LightningCLI):
         wanted = settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
         self._checkpoint: Path | None = None
         self._resumed: ResumePoint | None = None
+        if self.subcommand == "fit" and settings.then is not None:
+            check_next_stage(self.parser, settings.then, sys.argv[1:])
         if wanted is not None:
             self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
             if not self._checkpoint.is_file():
@@ -260,6 +266,23 @@ class LitzooCLI(LightningCLI):
         if self.trainer.is_global_zero and best.best_model_path:
             print(f"litzoo: {f'best checkpoint by {best.monitor}' if best.monitor else 'newest checkpoint'}: {best.best_model_path}")
 
+    def next_stage(self, arguments: list[str]) -> int:
+        """Fit the recipe that `then` names; returns the exit status."""
+        recipe, trainer = self._settings().then, self.trainer
+        if self.subcommand != "fit" or recipe is None or not trainer.is_global_zero:
+            return 0
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it in a connector
+            print(f"litzoo: fast_dev_run leaves no encoder for the next stage, {recipe}")
+            return 0
+        averages = (getattr(callback, "average_path", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # Lightning sets it in a connector
+        saved = (self._get(self.config_init, group).best_model_path for group in ("checkpoint", "last"))
+        found = next(filter(None, (*averages, *saved)), None)
+        if found is None:
+            raise CommandError(
+                f"this training has left no checkpoint for {recipe}: let it save some, or leave the next stage out with --then null"
+            )
+        return run_next_stage(recipe, Path(found), arguments, trainer.world_size)
+
 
 def keep_freed_memory() -> None:
     """Tell glibc to reuse freed blocks instead of returning them to the kernel after every step.
@@ -296,14 +319,15 @@ def train(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # data in memory needs none
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "litlogger" not in record.getMessage())
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run goes on in its folder
+    warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")  # a frozen encoder stays in it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     _import_short_names()
     set_parsing_settings(add_print_completion_argument=True)
     try:
-        LitzooCLI(arguments)
+        cli = LitzooCLI(arguments)
     except CommandError as error:
         if str(error).startswith("Problems parsing config"):  # jsonargparse does not say of which file
             files = [argument.partition("=")[2] or following for argument, following in pairwise([*arguments, ""]) if is_config(argument)]
             raise CommandError(f"{', '.join(files)}: {error}") from error
         raise
-    return 0
+    return cli.next_stage(arguments)
