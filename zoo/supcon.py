@@ -1,5 +1,6 @@
 """Supervised contrastive learning (Khosla et al., NeurIPS 2020), first stage: an encoder learns to draw classes together and apart."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -41,8 +42,8 @@ class SupConEncoder(LightningModule):
       each chunk, and counts each image once. Costs another forward pass.
 
     Batches are `Batch`, `(images, label)` or `([images, images, ...], label)`, one item a view; images `(B, C, H, W)` or views `(B,
-    V, C, H, W)`. A label of -1 leaves the image out. Logs the loss, and of validation the share of images whose nearest other image,
-    by the features of the encoder, has their class: by it the best checkpoint is kept.
+    V, C, H, W)`, of which evaluation takes the first. A label of -1 leaves the image out. Logs the loss, and of validation the share of
+    images whose nearest other image, by the features of the encoder, has their class: by it the best checkpoint is kept.
 
     Args:
         num_classes: number of classes, for MixUp and CutMix only.
@@ -211,15 +212,14 @@ class SupConEncoder(LightningModule):
     def _embed_in_chunks(self, images: Tensor) -> Tensor:
         if self.chunk_size is None or not torch.is_grad_enabled():
             return self(images)
-        contexts = lambda: (nullcontext(), _kept_statistics(self))  # of the first pass, and of the one for the gradient
-        chunks = images.split(self.chunk_size)
-        return torch.cat([checkpoint(self, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
+        # Even parts: of a short rest, or of a single image, BatchNorm would have poor statistics or none.
+        return _recomputed(self, images.tensor_split(math.ceil(len(images) / self.chunk_size)))
 
     # Evaluation
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
-        images, label = input_and_label(batch)
-        features = self.encode(images)
+        images, label, _ = _unpack(batch)
+        features = self.encode(images[:, 0])
         # No loss: that of a batch depends on which images it holds, and evaluation batches may hold one class only.
         (self.val_precision if stage == "val" else self.test_precision).update(features, label)
         return {"embedding": F.normalize(self.projection(features).float()), "label": label}
@@ -248,6 +248,13 @@ class SupConEncoder(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+@torch.compiler.disable  # contexts of a checkpoint are unknown to it
+def _recomputed(module: nn.Module, chunks: Sequence[Tensor]) -> Tensor:
+    """Module of all chunks, whose activations are computed anew, one chunk at a time, for the gradient."""
+    contexts = lambda: (nullcontext(), _kept_statistics(module))  # of the first pass, and of the one for the gradient
+    return torch.cat([checkpoint(module, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
 
 @contextmanager

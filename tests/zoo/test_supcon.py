@@ -197,6 +197,27 @@ def test_of_chunks_the_activations_of_one_at_a_time_are_kept() -> None:
     assert most == 1
 
 
+def test_no_chunk_is_a_single_image() -> None:
+    """Of which BatchNorm has no variance where the encoder has shrunk it to a pixel."""
+    sizes: list[int] = []
+    model = model_of(flat=False, chunk_size=5)
+    model.backbone.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    step(model, batch_of(8)).backward()
+    assert sizes[:4] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(("backend", "settings"), [("aot_eager", {}), ("eager", {"chunk_size": 24, "queue_size": 64, "mixup": 0.4})])
+def test_compiled_steps_equal_eager_ones(backend: str, settings: dict[str, Any]) -> None:
+    found = []
+    for compiled in (True, False):
+        model = model_of(**settings)
+        trainer = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0, num_sanity_val_steps=0, **QUIET)
+        trainer.fit(torch.compile(model, backend=backend) if compiled else model, datamodule=data_of())  # type: ignore[arg-type]  # Lightning takes it
+        found.append(list(model.parameters()))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 # The trainer
 
 
@@ -312,11 +333,16 @@ class Pairs(LightningDataModule):
         samples = [([image, image + 0.1], int(number) % 4) for number, image in enumerate(images)]
         return DataLoader(samples, 10)  # type: ignore[arg-type]  # a list is as good as a data set
 
+    def val_dataloader(self) -> Any:
+        return self.train_dataloader()
+
 
 def test_plain_batches() -> None:
     model = model_of()
-    Trainer(max_epochs=1, **QUIET).fit(model, datamodule=Pairs())
+    trainer = Trainer(max_epochs=1, **QUIET)
+    trainer.fit(model, datamodule=Pairs())
     assert float(model.collapsed_loss or 0) == pytest.approx(math.log(19))
+    assert "val/precision_at_1" in trainer.callback_metrics
     images, label = torch.rand(8, 1, 8, 8), torch.arange(8) % 2
     z = model(images).detach()
     torch.testing.assert_close(step(model, (images, label)).detach(), dense_loss(z, label, 0.2), msg="one view each")

@@ -14,6 +14,7 @@ _CACHED, _PRODUCTS = 384, 4096
 _KEPT, _KEPT_PRODUCTS = 1 << 22, 1 << 24
 
 
+@torch.compiler.disable  # its blocks would be unrolled, and their writing in place is refused
 def supcon_loss(
     z: Tensor,
     labels: Tensor | None = None,
