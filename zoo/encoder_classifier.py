@@ -103,6 +103,8 @@ class EncoderClassifier(LightningModule):
         super().__init__()
         _check_settings(num_classes, class_names, head, freeze, label_smoothing, k, temperature, cache_features, lr, encoder_lr_factor)
         model, description = resolve_encoder(encoder)
+        while isinstance(model, EncoderClassifier):  # whose own encoder is meant: a frozen one would pass no gradient on
+            model, description = model.encoder, description["hparams"]["encoder"]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "encoder"])
         self.save_hyperparameters({"encoder": description})
         self.optimizer = optimizer
@@ -257,7 +259,7 @@ class EncoderClassifier(LightningModule):
 
     def _check_data(self, data: Any) -> None:
         """Refuse data that the classifier or its encoder was not made for."""
-        if getattr(data, "num_classes", 0) > self.num_classes:
+        if (getattr(data, "num_classes", None) or 0) > self.num_classes:
             raise ValueError(
                 f"the data have {data.num_classes} classes, but num_classes of the model is {self.num_classes}: set it to that"
             )
@@ -482,7 +484,7 @@ def _check_settings(
     if not (lr is None or lr == "auto" or (not isinstance(lr, str) and lr > 0)):
         raise ValueError(f"lr must be positive, 'auto' or null, got {lr!r}")
     if head != "linear" and (not freeze or lr is not None):
-        raise ValueError(f"head {head} learns nothing by gradient: leave freeze true and lr out")
+        raise ValueError(f"head {head} learns nothing by gradient: leave freeze true, and lr out or null")
     if not freeze and (cache_features or lr == "auto"):
         raise ValueError(
             "the features of an encoder that learns cannot be cached, nor searched for a learning rate: leave cache_features out, set lr"

@@ -52,7 +52,10 @@ def export_onnx(model: LightningModule, path: str | os.PathLike[str]) -> None:
     """
     path = Path(path).expanduser()
     if getattr(model, "input_kind", None) != "points":
-        raise WeightsError(f"a {type(model).__name__} cannot be exported to ONNX: only classifiers of point clouds can")
+        raise WeightsError(f"{type(model).__name__} cannot be exported to ONNX: only classifiers of point clouds can")
+    head = model.hparams.get("head", "linear")
+    if head != "linear":
+        raise WeightsError(f"a classifier with head {head} cannot be exported to ONNX: train one with head linear on the same encoder")
     if path.suffix != ".onnx":
         raise WeightsError(f"{path} must end in .onnx")
     if not path.parent.is_dir():

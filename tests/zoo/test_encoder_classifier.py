@@ -483,6 +483,18 @@ def test_images_that_the_encoder_was_not_made_for(setting: dict[str, Any], messa
     fit(model_of(), data_of(mean=[0.305]), max_epochs=1)
 
 
+def test_the_encoder_of_another_classifier_is_meant(tmp_path: Path) -> None:
+    """One that is frozen there would pass no gradient on."""
+    first = model_of()
+    litzoo.save(first, tmp_path / "first.safetensors", {}, half=False)
+    model = model_of(encoder=str(tmp_path / "first.safetensors"), freeze=False, lr=0.1)
+    assert isinstance(model.encoder, ImageClassifier)
+    assert model.hparams["encoder"] == first.hparams["encoder"]
+    assert same(tensors(model.encoder), tensors(first.encoder))
+    fit(model, max_epochs=1)
+    assert not same(tensors(model.encoder.backbone), tensors(first.encoder.backbone))
+
+
 def test_more_classes_than_the_model_has() -> None:
     with pytest.raises(ValueError, match="the data have 10 classes, but num_classes of the model is 5"):
         fit(model_of(num_classes=5))

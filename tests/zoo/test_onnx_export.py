@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import litzoo
-from litzoo.zoo import LogisticRegression, PointNetClassifier, WeightsError
+from litzoo.zoo import EncoderClassifier, LogisticRegression, PointNetClassifier, WeightsError
 from litzoo.zoo.cli import main
 from litzoo.zoo.onnx_export import export_onnx
 
@@ -51,6 +51,9 @@ def test_what_cannot_be_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = PointNetClassifier(2)
     with pytest.raises(WeightsError, match="only classifiers of point clouds"):
         export_onnx(LogisticRegression(num_features=2, num_classes=2), tmp_path / "a.onnx")
+    near = EncoderClassifier("pointnet_furniture", 2, head="knn")
+    with pytest.raises(WeightsError, match=r"with head knn cannot be exported to ONNX: train one with head linear"):
+        export_onnx(near, tmp_path / "near.onnx")
     with pytest.raises(WeightsError, match=r"must end in \.onnx"):
         export_onnx(model, tmp_path / "a.pt")
     with pytest.raises(WeightsError, match="make it first"):

@@ -402,7 +402,7 @@ def predict(argv: list[str]) -> int:
     kind: Kind | None = getattr(model, "input_kind", None)
     if hasattr(model, "embed") and not hasattr(model, "predict"):
         raise CommandError(
-            f"{arguments.model} is an encoder that was trained without labels, {type(model).__name__}, and has no classes: give a classifier, "
+            f"{arguments.model} is an encoder, {type(model).__name__}, and has no classes: give a classifier, "
             f"or get features in Python with litzoo.load_encoder({arguments.model!r}).embed(pictures)"
         )
     if kind not in READABLE or not hasattr(model, "predict") or not hasattr(model, "class_names"):
