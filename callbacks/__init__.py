@@ -25,6 +25,7 @@ CALLBACKS = {
     "NeighbourGallery": "neighbour_gallery",
     "PartPlot": "part_plot",
     "PerClassTable": "per_class_table",
+    "RelationPairsPlot": "relation_pairs_plot",
     "SAM": "sam",
     "SWA": "swa",
     "SnapshotEnsemble": "snapshot_ensemble",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from .neighbour_gallery import NeighbourGallery as NeighbourGallery
     from .part_plot import PartPlot as PartPlot
     from .per_class_table import PerClassTable as PerClassTable
+    from .relation_pairs_plot import RelationPairsPlot as RelationPairsPlot
     from .sam import SAM as SAM
     from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
     from .step_seed import StepSeed as StepSeed

@@ -34,7 +34,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmark_cases import Benchmark, Make, Run, callbacks, contrastive, images, instances, neighbours, points
+from benchmark_cases import Benchmark, Make, Run, callbacks, contrastive, images, instances, neighbours, points, relational
 
 KEEP = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592", "MALLOC_TOP_PAD_": "67108864"}
 ALLOCATORS: dict[str, dict[str, str]] = {"default": {}, "keep": KEEP}
@@ -45,6 +45,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     **instances.BENCHMARKS,
     **neighbours.BENCHMARKS,
     **contrastive.BENCHMARKS,
+    **relational.BENCHMARKS,
 }
 
 Worker = Callable[[str, Sequence[str], int, int, str], dict[str, Any]]

@@ -414,4 +414,8 @@ ROWS: dict[str, Row] = {
     "StepSeed": Row(lambda: callbacks.StepSeed(1)),
 }
 # Callbacks that refuse every module but one kind, and what holds them to the same conditions.
-ELSEWHERE = {"CriticalPointsPlot": "test_critical_points_plot.py", "PartPlot": "test_part_plot.py"}
+ELSEWHERE = {
+    "CriticalPointsPlot": "test_critical_points_plot.py",
+    "PartPlot": "test_part_plot.py",
+    "RelationPairsPlot": "test_relation_pairs_plot.py",
+}

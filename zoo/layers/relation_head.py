@@ -61,7 +61,7 @@ class RelationHead(nn.Module):
         """`relation_loss` on all `view_pairs` of a batch, in training mode.
 
         The first layer sees every view once instead of every pair, unless the aggregation is "max", which is not linear. The result
-        is that of `forward` on all pairs, BatchNorm's running statistics included.
+        is that of `forward` on all pairs, which also moves BatchNorm's running statistics.
 
         Args:
             features: `(K, M, D)` of K views of M images.
@@ -75,9 +75,10 @@ class RelationHead(nn.Module):
         """
         views, samples, _ = features.shape
         pairs = view_pairs(samples, views, features.device)
-        if self.aggregation == "max":
+        # Of two views there are no more pairs than views, and features are smaller to pick than what the layer makes of them.
+        if self.aggregation == "max" or views == 2:
             rows = features.flatten(0, 1)
-            logits = self(rows.index_select(0, pairs.first), rows.index_select(0, pairs.second))
+            logits = self(F.embedding(pairs.first, rows), F.embedding(pairs.second, rows))
             return relation_loss(logits, pairs.target, focal_gamma), logits.detach(), pairs.target
         if self.aggregation == "cat":
             first, second = self.first.weight.chunk(2, dim=1)
