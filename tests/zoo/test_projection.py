@@ -1,4 +1,4 @@
-"""Maps of features against scikit-learn and numpy, and subsets in which each class keeps its share."""
+"""Maps of features against scikit-learn and numpy."""
 
 import sys
 import types
@@ -15,7 +15,7 @@ from sklearn.metrics.pairwise import cosine_similarity
 from sklearn.preprocessing import normalize
 
 from litzoo.zoo.functional.retrieval import retrieval_metrics
-from litzoo.zoo.plots.projection import check_method, judge_neighbours, project, stratified_subset
+from litzoo.zoo.plots.projection import check_method, judge_neighbours, project
 
 DRAW = np.random.RandomState(0)
 
@@ -83,26 +83,6 @@ def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     for shape in ((3,), (0, 4), (4, 0)):
         with pytest.raises(ValueError, match="shape"):
             project(np.ones(shape))
-    with pytest.raises(ValueError, match="at least 1"):
-        stratified_subset(np.zeros(4, int), 0)
-
-
-@pytest.mark.parametrize("number", [1, 10, 57, 99])
-def test_subset_is_stratified(number: int) -> None:
-    label = DRAW.permutation(np.repeat([-1, 0, 1, 5], [10, 40, 20, 30]))
-    chosen = stratified_subset(label, number)
-    assert len(np.unique(chosen)) == number
-    assert (np.diff(chosen) > 0).all()
-    for cls, share in zip(*np.unique(label, return_counts=True), strict=True):
-        assert abs((label[chosen] == cls).sum() - share * number / 100) < 1
-    assert np.array_equal(chosen, stratified_subset(label, number))
-    if 1 < number < 99:
-        assert not np.array_equal(chosen, stratified_subset(label, number, seed=1))
-
-
-def test_a_small_set_is_drawn_whole() -> None:
-    for number in (5, 6):
-        assert stratified_subset(np.array([2, 2, 0, -1, 1]), number).tolist() == [0, 1, 2, 3, 4]
 
 
 def test_nearest_neighbours_against_all_pairs() -> None:

@@ -147,17 +147,19 @@ def _encode(source: str, name: str, options: Any, data: "ArrayDataModule") -> _S
 
 def _write(found: list[_Source], options: Any, data: "ArrayDataModule | None") -> None:
     from ...datamodules import ImageDataModule
+    from ..functional.subsets import stratified_subset
     from ..plots.embedding import EmbeddingMap, describe, plot_embedding, write_embedding_html
     from ..plots.figures import save_figure
-    from ..plots.projection import judge_neighbours, project, stratified_subset
+    from ..plots.projection import judge_neighbours, project
 
     pages = [path for path in options.output if path.suffix.lower() == ".html"]
     maps: list[EmbeddingMap] = []
     images: np.ndarray | None = None
     shown = np.zeros(0, dtype=np.int64)
     for source in found:
-        judged = judge_neighbours(torch.from_numpy(source.features), torch.from_numpy(source.label))
-        chosen = stratified_subset(source.label, options.samples, options.seed)
+        label = torch.from_numpy(source.label)
+        judged = judge_neighbours(torch.from_numpy(source.features), label)
+        chosen = stratified_subset(label, options.samples, options.seed).numpy()
         note = describe(options.method, len(chosen), len(source.label), f"{options.split} samples", judged.precision)
         print(f"{source.name}: {note}")
         index = source.index[chosen]

@@ -147,30 +147,3 @@ def judge_neighbours(features: Tensor, label: Tensor) -> Neighbours:
     other = torch.where(nearest[:, 0] == own, nearest[:, 1], nearest[:, 0])
     wrong[known] = (place[other] != place) & has_others
     return Neighbours(wrong.cpu().numpy(), 1 - int(wrong.sum()) / int(has_others.sum()))
-
-
-def stratified_subset(label: np.ndarray, number: int, seed: int = 0) -> np.ndarray:
-    """Samples drawn at random, of each class its share, rounded up or down.
-
-    Args:
-        label: `(N,)` int; -1, for no label, counts as a class.
-        number: samples to draw, at least 1.
-        seed: of the draw.
-
-    Returns:
-        Positions, ascending: `number` of them, or all where there are no more.
-
-    Raises:
-        ValueError: if `number` is below 1.
-
-    Example:
-        >>> stratified_subset(np.array([0, 0, 0, 0, 1, 1]), 3).shape
-        (3,)
-    """
-    if number < 1:
-        raise ValueError(f"a subset must have at least 1 sample, got {number}")
-    if len(label) <= number:
-        return np.arange(len(label))
-    order = np.lexsort((np.random.default_rng(seed).random(len(label)), label))
-    # Of the samples sorted by class, evenly spaced ones.
-    return np.sort(order[((np.arange(number) + 0.5) * len(label) / number).astype(int)])
