@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .batch_norm import batch_norms, check_batch_norm, estimate_batch_norm, modules_in_eval
 from .guards import refuse_sharded
-from .swa import average_checkpoints
+from .swa import mean_checkpoint, write_checkpoint
 
 
 class CheckpointAverage(Callback):
@@ -23,8 +23,9 @@ class CheckpointAverage(Callback):
     `validate(ckpt_path=...)`, `test`, and as a start for others. Unlike `SWA` it takes the epochs that validation prefers.
 
     Cost: reading k checkpoints, and for modules with BatchNorm one pass without gradients over the training data. Composes with
-    every callback; under `EMA` it is a mean of averages. Refuses sharding strategies. Without a `ModelCheckpoint` that keeps two or
-    more by a metric there is nothing to average, which it says in a warning.
+    every callback; under `EMA` it is a mean of averages. Refuses sharding strategies. Without a `ModelCheckpoint` that keeps some, two or
+    more, by a metric there is nothing to average, which it says in a warning; so it does of files that it cannot read or write, and
+    the training ends well. Checkpoints that are gone by then are left out.
 
     Attributes:
         average_path: the file, None until it is written.
@@ -56,14 +57,20 @@ class CheckpointAverage(Callback):
         self.batch_norm_batches = batch_norm_batches
         self.average_path: Path | None = None
         self._eval: set[str] = set()
+        # Checkpoints of a training that this one goes on with.
+        self._earlier: set[str] = set()
+        self._over = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.average_path = None
+            self._over = False
             refuse_sharded(self, trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._eval = modules_in_eval(pl_module)  # already here, for a training that was over when it was resumed
+        keeper = _keeper(trainer)
+        self._earlier = set() if keeper is None else set(keeper.best_k_models)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_batch_norm(self, trainer, pl_module, self.reference_loader)
@@ -74,52 +81,68 @@ class CheckpointAverage(Callback):
         if trainer.is_last_batch:
             self._eval = modules_in_eval(pl_module)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not later: Lightning moves the module to the CPU before on_fit_end.
+        self._average(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._over:  # a training that was over when it was resumed has no on_train_end
+            self._average(trainer, pl_module)
+
+    def _average(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._over = True
         keeper = _keeper(trainer)
-        # Each process may have a list of its own; what counts is what the first one has written.
-        paths = trainer.strategy.broadcast(sorted(keeper.best_k_models) if keeper is not None else [])
-        if len(paths) < 2:
+        if keeper is None:
             return
-        output = Path(paths[0]).with_name("average.ckpt")
-        temporary = output.with_name(f".{output.name}")
+        checkpoint: dict[str, Any] = {}
+        paths: list[str] = []
+        failure = None
         if trainer.is_global_zero:
-            temporary.unlink(missing_ok=True)  # of a process that was killed
-            average_checkpoints(paths, temporary)
-        trainer.strategy.barrier("CheckpointAverage")
-        try:
-            if batch_norms(pl_module, self._eval):
-                self._estimate(trainer, pl_module, temporary)
-            if trainer.is_global_zero:
-                temporary.replace(output)
-        finally:
-            if trainer.is_global_zero:
-                temporary.unlink(missing_ok=True)
-        self.average_path = output
-        rank_zero_info(f"CheckpointAverage: the mean of {len(paths)} checkpoints is {output}")
+            paths = [path for path in keeper.best_k_models if Path(path).is_file()]  # oldest first
+            try:
+                if len(paths) < 2:
+                    raise ValueError(f"a mean needs two of the best checkpoints, there is {len(paths) or 'none'}")
+                # What this training has written may hold objects; what was there before it, nobody knows.
+                checkpoint = mean_checkpoint(paths, weights_only=not self._earlier.isdisjoint(paths))
+            except (OSError, ValueError) as error:
+                failure = str(error)
+        failure = trainer.strategy.broadcast(failure)
+        if failure is None and batch_norms(pl_module, self._eval):
+            self._estimate(trainer, pl_module, checkpoint)
+        if failure is None and trainer.is_global_zero:
+            try:
+                self.average_path = write_checkpoint(checkpoint, Path(paths[0]).with_name("average.ckpt"))
+            except (OSError, RuntimeError) as error:  # the second is torch's, of a full disk
+                failure = f"{Path(paths[0]).parent} could not be written to ({error})"
+        failure, self.average_path = trainer.strategy.broadcast((failure, self.average_path))
+        if failure is None:
+            rank_zero_info(f"CheckpointAverage: the mean of {len(paths)} checkpoints is {self.average_path}")
+        else:
+            rank_zero_warn(f"CheckpointAverage wrote no mean: {failure}")
 
     @torch.no_grad()
-    def _estimate(self, trainer: Trainer, pl_module: LightningModule, path: Path) -> None:
-        """Put statistics of its own into the checkpoint; the module stays as it is."""
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = checkpoint["state_dict"]
-        live = {name: tensor for name, tensor in pl_module.state_dict().items() if isinstance(tensor, Tensor)}
+    def _estimate(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put statistics of its own into the first process's checkpoint; the module stays as it is."""
+        weights: Any = trainer.strategy.broadcast(checkpoint.get("state_dict"))
+        # A module's on_save_checkpoint may leave some out.
+        live = {name: tensor for name, tensor in pl_module.state_dict().items() if isinstance(tensor, Tensor) and name in weights}
         before = {name: tensor.clone() for name, tensor in live.items()}
+        layers = set(batch_norms(pl_module, self._eval))
         try:
             for name, tensor in live.items():
                 tensor.copy_(weights[name])
             estimate_batch_norm(self, trainer, pl_module, self._eval, self.reference_loader, self.batch_norm_batches)
-            if trainer.is_global_zero:
-                for name, tensor in live.items():
-                    weights[name] = tensor.cpu().clone()
-                torch.save(checkpoint, path)
+            for prefix in (prefix for prefix, module in pl_module.named_modules() if module in layers):
+                for name in {f"{prefix}.running_mean", f"{prefix}.running_var"} & live.keys():
+                    weights[name] = live[name].cpu().clone()
         finally:
             for name, tensor in live.items():
                 tensor.copy_(before[name])
 
 
 def _keeper(trainer: Trainer) -> Any:
-    """The `ModelCheckpoint`, of whichever namespace, that keeps several checkpoints by a metric; None without one."""
+    """The `ModelCheckpoint`, of whichever namespace, that keeps the best ones by a metric, but not all; None without one."""
     for callback in trainer.checkpoint_callbacks:
-        if getattr(callback, "monitor", None) is not None and getattr(callback, "save_top_k", 1) not in (0, 1):
+        if getattr(callback, "monitor", None) is not None and getattr(callback, "save_top_k", 1) > 1:
             return callback
     return None

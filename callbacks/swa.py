@@ -1,6 +1,7 @@
 """SWA: the mean of the weights at the end of the last epochs, or of several checkpoints."""
 
 import os
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
         The file that was written.
 
     Raises:
-        ValueError: if there is no checkpoint, or they are not of one model.
+        ValueError: if there is no checkpoint, one cannot be read, or they are not of one model.
         FileExistsError: if `output` exists.
 
     Example:
@@ -157,12 +158,21 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
     output = Path(output)
     if output.exists():
         raise FileExistsError(f"{output} exists: give another file, or delete it")
+    return write_checkpoint(mean_checkpoint(paths), output)
+
+
+def mean_checkpoint(paths: Sequence[str | os.PathLike[str]], weights_only: bool = True) -> dict[str, Any]:
+    """What `average_checkpoints` writes; without `weights_only`, the files may hold any objects, and are trusted."""
     if not paths:
         raise ValueError("there is no checkpoint to average: give at least one path")
     total: dict[str, Any] = {}
     for path in paths:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        weights = checkpoint["state_dict"]
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=weights_only)
+            weights = checkpoint["state_dict"]
+        except (RuntimeError, EOFError, pickle.UnpicklingError, LookupError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path} is no Lightning checkpoint, is truncated, or holds more than weights ({reason})") from error
         if total and _shapes(weights) != _shapes(total):
             raise ValueError(f"{path} is not of the same model as {paths[0]}: their weights have other names or shapes")
         for name, value in weights.items():
@@ -171,9 +181,14 @@ def average_checkpoints(paths: Sequence[str | os.PathLike[str]], output: str | o
     for name, value in weights.items():  # in place, because the dictionary also has the versions of the modules
         weights[name] = (total[name] / len(paths)).to(value.dtype) if _is_averaged(value) else value
     kept = {key: value for key, value in checkpoint.items() if key not in ("optimizer_states", "lr_schedulers", "callbacks", "loops")}
+    return {**kept, "state_dict": weights}
+
+
+def write_checkpoint(checkpoint: dict[str, Any], output: Path) -> Path:
+    """Write it under a temporary name and rename it; returns the file."""
     temporary = output.with_name(f".{output.name}.{os.getpid()}")
     try:
-        torch.save({**kept, "state_dict": weights}, temporary)
+        torch.save(checkpoint, temporary)
         temporary.replace(output)
     finally:
         temporary.unlink(missing_ok=True)

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from matrix import Loader, Net, batches, make_trainer
 from torch import Tensor
 
 from litzoo.callbacks import EMA, CheckpointAverage, StepSeed
+from litzoo.zoo.layers.feature_queue import FeatureQueue
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -76,9 +78,92 @@ def test_a_resumed_training_writes_it_anew(tmp_path: Path) -> None:
             torch.testing.assert_close(written[name].double(), value, rtol=1e-6, atol=1e-7)
 
 
-def test_nothing_to_average_is_told(tmp_path: Path) -> None:
+class Odd(Net):
+    """What modules of others do: hyper-parameters that are objects, weights that are left out, a queue, metrics that are saved."""
+
+    def __init__(self, where: Path) -> None:
+        super().__init__(norm=True)
+        self.save_hyperparameters()
+        self.queue = FeatureQueue(2, 4)
+        self.accuracy.persistent(True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.accuracy.tp += 1
+        return super().forward(x)
+
+    def on_train_epoch_start(self) -> None:
+        self.queue.write(torch.eye(2)[:1], torch.tensor([self.current_epoch]))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["last.bias"]
+
+
+def test_checkpoints_of_others(tmp_path: Path) -> None:
+    """What cannot be averaged is that of the newest one, although 10 sorts before 9; one that was deleted by hand is left out."""
+
+    class Delete(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            Path(next(iter(keeper.best_k_models))).unlink()
+
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", monitor="epoch", mode="max", save_top_k=3)
+    callback = CheckpointAverage(reference_loader=batches(5, 4))
+    trainer = make_trainer(tmp_path, keeper, Delete(), callback, enable_checkpointing=True, max_epochs=11)
+    trainer.fit(Odd(tmp_path), Loader(batches(0)), Loader(batches(9, 2)))
+    written = torch.load(tmp_path / "average.ckpt", weights_only=False)
+    before, newest = (torch.load(tmp_path / f"epoch={epoch}.ckpt", weights_only=False) for epoch in (9, 10))
+    assert written["epoch"] == 10
+    assert written["hyper_parameters"] == {"where": tmp_path}
+    weights = written["state_dict"]
+    assert weights["queue._extra_state"]["labels"].tolist() == newest["state_dict"]["queue._extra_state"]["labels"].tolist()
+    assert torch.equal(weights["accuracy.tp"], newest["state_dict"]["accuracy.tp"])
+    assert weights.keys() == newest["state_dict"].keys()
+    name = "last.weight"
+    torch.testing.assert_close(weights[name], (before["state_dict"][name] + newest["state_dict"][name]) / 2)
+    assert not torch.equal(weights["norm.0.running_mean"], newest["state_dict"]["norm.0.running_mean"])
+
+
+@pytest.mark.parametrize("fault", ["truncated", "one left", "cannot be written"])
+def test_a_fault_at_the_end_is_told_and_loses_nothing(fault: str, tmp_path: Path) -> None:
+    class Spoil(Callback):
+        def on_train_end(self, *_: Any) -> None:
+            paths = [Path(path) for path in keeper.best_k_models]
+            if fault == "truncated":
+                paths[1].write_bytes(paths[1].read_bytes()[:900])
+            elif fault == "one left":
+                for path in paths[1:]:
+                    path.unlink()
+            else:
+                (tmp_path / "average.ckpt").mkdir()
+
+    keeper = ModelCheckpoint(tmp_path, "{epoch}", monitor="val/loss", save_top_k=3)
     callback = CheckpointAverage()
-    trainer = make_trainer(tmp_path, callback, ModelCheckpoint(tmp_path, save_top_k=1, monitor="val/loss"), enable_checkpointing=True)
+    trainer = make_trainer(tmp_path, keeper, Spoil(), callback, enable_checkpointing=True)
+    words = {"truncated": "is truncated", "one left": "a mean needs two", "cannot be written": "could not be written to"}
+    with pytest.warns(UserWarning, match=f"CheckpointAverage wrote no mean: .*{words[fault]}"):
+        trainer.fit(Net(norm=True), Loader(batches(0)), Loader(batches(9, 2)))
+    assert trainer.state.finished
+    assert callback.average_path is None
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".") or (path.name == "average.ckpt" and path.is_file())]
+
+
+def test_it_is_made_where_the_training_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning moves the module off its device before `on_fit_end`; a training that was over when it was resumed has that hook only."""
+    made = []
+    monkeypatch.setattr(SingleDeviceStrategy, "teardown", lambda *_: made.append(callback.average_path))
+    callback = CheckpointAverage()
+    _, keeper, _ = train(tmp_path, callback)
+    assert made == [tmp_path / "best" / "average.ckpt"]
+    made[0].unlink()
+    train(tmp_path, callback, resume=Path(keeper.last_model_path))
+    assert callback.average_path == made[0]
+    assert made[0].is_file()
+
+
+@pytest.mark.parametrize("number", [1, -1])
+def test_nothing_to_average_is_told(number: int, tmp_path: Path) -> None:
+    """A single one, or all, are no choice of the best."""
+    callback, keeper = CheckpointAverage(), ModelCheckpoint(tmp_path, save_top_k=number, monitor="val/loss")
+    trainer = make_trainer(tmp_path, callback, keeper, enable_checkpointing=True)
     with pytest.warns(UserWarning, match=re.escape("add ModelCheckpoint(monitor=..., save_top_k=3)")):
         trainer.fit(Net(), Loader(batches(0)), Loader(batches(9, 2)))
     assert callback.average_path is None
