@@ -139,6 +139,9 @@ def test_the_recipe_trains_in_two_stages(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["test", *command[1:]]) == 0
     scores = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "test/accuracy" in line]
     assert float(scores[0]) > 0.9
+    assert main(["test", *RECIPE[1:], "--trainer.default_root_dir", "my runs", "--ckpt_path", str(encoder)]) == 0
+    assert main([*RECIPE, "--ckpt_path", str(encoder)]) == 2
+    assert "average.ckpt holds weights alone, not the state of a training" in capsys.readouterr().err
     assert (
         yaml.safe_load(Path("my runs/supcon_digits_classifier/version_0/config.yaml").read_text())["data"]["init_args"]["image_size"] == 16
     )

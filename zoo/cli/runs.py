@@ -38,8 +38,12 @@ def reserve_run(folder: Path, prefix: str = "version") -> Path:
             continue
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, to_resume: bool = True) -> dict[str, Any]:
     """Read a Lightning checkpoint without running what it may hold.
+
+    Args:
+        path: the file.
+        to_resume: whether it must hold the state of a training, which a mean of checkpoints does not.
 
     Raises:
         CommandError: if it is not a whole one.
@@ -51,8 +55,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged pickle can raise anything
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise CommandError(f"{path} is not a whole checkpoint ({reason}): give another file with --ckpt_path") from error
-    if not isinstance(checkpoint, dict) or not {"global_step", "callbacks", "state_dict"} <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not {"global_step", "state_dict"} <= checkpoint.keys():
         raise CommandError(f"{path} is not a Lightning checkpoint: give one that `litzoo fit` wrote")
+    if to_resume and not {"callbacks", "optimizer_states"} <= checkpoint.keys():
+        raise CommandError(f"{path} holds weights alone, not the state of a training: give another one with --ckpt_path, such as last.ckpt")
     return checkpoint
 
 

@@ -172,7 +172,7 @@ class LitzooCLI(LightningCLI):
             if not self._checkpoint.is_file():
                 raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
             settings.ckpt_path = str(self._checkpoint)
-            checkpoint = read_checkpoint(self._checkpoint)
+            checkpoint = read_checkpoint(self._checkpoint, to_resume=self.subcommand == "fit")
             print(f"litzoo: {self.subcommand} from {self._checkpoint}")
             if self.subcommand == "fit" and wanted == "last":
                 self._resumed = resume_point(checkpoint)
