@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -14,7 +15,7 @@ import torch
 
 import litzoo
 from litzoo.datamodules import DigitsDataModule
-from litzoo.zoo import ImageClassifier, InstanceDiscrimination, PointNetClassifier
+from litzoo.zoo import EncoderClassifier, ImageClassifier, InstanceDiscrimination, PointNetClassifier
 from litzoo.zoo.cli import main
 from litzoo.zoo.plots import embedding as plots
 from litzoo.zoo.plots.embedding import EmbeddingMap
@@ -32,15 +33,26 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     litzoo.save(InstanceDiscrimination(data.num_train, **images), folder / "encoder.safetensors", {}, half=False)
     litzoo.save(ImageClassifier(10, **images), folder / "classifier.safetensors", {})
     litzoo.save(ImageClassifier(10, **{**images, "image_mean": [0.5]}), folder / "other_mean.safetensors", {})
+    on_other = EncoderClassifier(folder / "other_mean.safetensors", num_classes=10)
+    litzoo.save(on_other, folder / "on_other_mean.safetensors", {})
     litzoo.save(PointNetClassifier(2, input_transform=False, feature_transform=False), folder / "pointnet.safetensors", {})
     assert main(["embed", "--model", str(folder / "encoder.safetensors"), *DATA, "--output", str(folder / "features.h5")]) == 0
     draw = np.random.RandomState(0)
-    with h5py.File(folder / "unlabelled.h5", "w") as file:
-        file.attrs["class_names"], file.attrs["model_class"] = ["cat", "dog"], "ImageClassifier"
-        file["val/features"], file["val/label"], file["val/index"] = draw.randn(9, 4).astype("f4"), np.full(9, -1), np.arange(9)
-    with h5py.File(folder / "cats.h5", "w") as file:
-        file.attrs["class_names"], file.attrs["model_class"] = ["cat", "dog"], "ImageClassifier"
-        file["val/features"], file["val/label"], file["val/index"] = draw.randn(9, 4).astype("f4"), np.arange(9) % 2, np.arange(9)
+    features, label = draw.randn(9, 4).astype("f4"), np.arange(9, dtype="u1") % 2
+    diverged = np.where(np.arange(36).reshape(9, 4) == 7, np.nan, features)
+    for name, columns, names in (
+        ("unlabelled", (features, np.full(9, -1)), ["cat", "dog"]),
+        ("cats", (features, label), ["cat", "dog"]),
+        ("short", (features, label[:8]), ["cat", "dog"]),
+        ("nameless", (features, label), ["cat"]),
+        ("diverged", (diverged, label), ["cat", "dog"]),
+    ):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file.attrs["class_names"], file.attrs["model_class"] = names, "ImageClassifier"
+            (file["val/features"], file["val/label"]), file["val/index"] = columns, np.arange(9)
+    whole = bytearray((folder / "features.h5").read_bytes())
+    whole[300] ^= 255
+    (folder / "damaged.h5").write_bytes(whole)
     with h5py.File(folder / "foreign.h5", "w") as file:
         file["x"] = np.zeros(3)
     (folder / "broken.h5").write_bytes(b"nothing")
@@ -87,7 +99,7 @@ def test_features_are_those_of_the_model(models: Path) -> None:
 
 
 def test_one_split_of_a_classifier(run: Callable[..., Any], tmp_path: Path) -> None:
-    arguments = ["embed", "--model", "CLASSIFIER.SAFETENSORS", *DATA, "--split", "val", "--batch_size", "9", "--output", "f.h5"]
+    arguments = ["embed", "--model", "CLASSIFIER.SAFETENSORS", *DATA, "--split", "val", "--batch-size", "9", "--output", "f.h5"]
     assert run(*arguments)[:2] == (0, "143 val samples: f.h5\n")
     with h5py.File(tmp_path / "f.h5", "r") as file:
         assert list(file) == ["val"]
@@ -106,6 +118,14 @@ def test_a_failure_leaves_no_file(run: Callable[..., Any], tmp_path: Path, monke
     monkeypatch.setattr(ImageClassifier, "encode", encode)
     assert run("embed", "--model", "CLASSIFIER.SAFETENSORS", *DATA, "--output", "f.h5")[0] == 130
     assert len(calls) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_before_it_is(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("litzoo.zoo.cli.embed.disk_usage", lambda _: SimpleNamespace(free=1_000))
+    status, _, err = run("embed", "--model", "ENCODER.SAFETENSORS", *DATA, "--split", "val", "--output", "f.h5")
+    assert status == 2
+    assert "--output f.h5 takes 0.1 MB, but there are 0.0 MB free" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -174,12 +194,13 @@ SHOW = ["show", "embedding", "--method", "pca"]
     ("arguments", "words"),
     [
         ([*EMBED, "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-        ([*EMBED, "POINTNET.SAFETENSORS"], "PointNetClassifier, which takes point clouds, but DigitsDataModule has none"),
+        ([*EMBED, "POINTNET.SAFETENSORS"], "(PointNetClassifier) takes point clouds, but DigitsDataModule has none"),
         (
             [*EMBED, "ENCODER.SAFETENSORS", "--data.image_size", "16"],
             "made for image_size 32, but that of DigitsDataModule is 16: add --data.im",
         ),
         ([*EMBED, "OTHER_MEAN.SAFETENSORS"], "add --data.mean [0.5]"),
+        ([*EMBED, "ON_OTHER_MEAN.SAFETENSORS"], "add --data.mean [0.5]"),
         ([*EMBED, "ENCODER.SAFETENSORS", "--split", "tset"], "tset"),
         (
             [*EMBED, "ENCODER.SAFETENSORS", "--split", "val", "--data.val_fraction", "0"],
@@ -194,6 +215,10 @@ SHOW = ["show", "embedding", "--method", "pca"]
         ([*SHOW, "nowhere.h5"], "there is no file nowhere.h5"),
         ([*SHOW, "ENCODER.SAFETENSORS"], "say which data"),
         ([*SHOW, "BROKEN.H5"], "cannot be read"),
+        ([*SHOW, "DAMAGED.H5"], "cannot be read"),
+        ([*SHOW, "SHORT.H5"], "holds no features (N, D) with a label and an index each"),
+        ([*SHOW, "NAMELESS.H5"], "has 1 names of classes, but labels up to 1"),
+        ([*SHOW, "DIVERGED.H5"], "diverged: features of 1 of 9 samples are not finite"),
         ([*SHOW, "FOREIGN.H5"], "`litzoo embed` writes such files"),
         ([*SHOW, "UNLABELLED.H5"], "unlabelled: no val sample has a label"),
         ([*SHOW, "CATS.H5", "--split", "test"], "has no test samples; choose --split val"),

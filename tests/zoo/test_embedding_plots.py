@@ -64,6 +64,16 @@ def test_all_alike_is_drawn() -> None:
     plot_embedding([make_map(place=np.zeros((40, 2)))], list("abcd")).canvas.draw()
 
 
+def test_names_are_drawn_as_they_are() -> None:
+    """Dollars begin no formula, and names of folders need not be text."""
+    names = ["$5 and $6", "$\\frac$", "caf\udce9", EVIL]
+    figure = plot_embedding([make_map(title="$\\frac$", note="caf\udce9" * 99)], names)
+    figure.canvas.draw()
+    texts = figure.axes[0].texts
+    assert [text.get_text() for text in texts] == ["$5 and $6", "$\\frac$", "caf?", "</script><b>&\"'"]
+    assert not any(text.get_parse_math() for text in (*texts, *figure.texts))
+
+
 def test_thousands_of_classes() -> None:
     label = np.concatenate([np.arange(3000), np.repeat(np.arange(2800, 2950), 2)])
     names = [f"class {number}" for number in range(3000)]

@@ -3,7 +3,9 @@
 import inspect
 import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
+from shutil import disk_usage
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -107,7 +109,8 @@ def embed(arguments: list[str]) -> int:
 def add_encoding_options(parser: ArgumentParser) -> None:
     """Add the options on how a model encodes."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--batch_size", type=int | None, default=None, help="samples at a time; by default the data's eval_batch_size")
+    help_text = "samples at a time; by default the data's eval_batch_size"
+    parser.add_argument("--batch_size", "--batch-size", type=int | None, default=None, help=help_text)
     parser.add_argument("--device", type=str, default=device, help="where the model runs")
 
 
@@ -136,12 +139,11 @@ def check_agreement(model: Any, source: str, data: "ArrayDataModule") -> None:
     Raises:
         CommandError: if kind, channels, size or normalisation differ.
     """
-    hparams: Any = getattr(model, "hparams", {})
+    # A classifier on an encoder takes what the encoder does.
+    hparams: Any = getattr(getattr(model, "encoder", None), "hparams", None) or getattr(model, "hparams", {})
     for name, kind in _KINDS.items():
         if name in hparams and not hasattr(data, name):
-            raise CommandError(
-                f"{source} is a {type(model).__name__}, which takes {kind}, but {type(data).__name__} has none: give other data"
-            )
+            raise CommandError(f"{source} ({type(model).__name__}) takes {kind}, but {type(data).__name__} has none: give other data")
     takes = inspect.signature(type(data).__init__).parameters
     for name, options in _AGREE.items():
         wanted, found = hparams.get(name), getattr(data, name, None)
@@ -203,6 +205,13 @@ def _write(path: Path, model: Any, data: "ArrayDataModule", splits: list[str], o
     from ... import __version__
 
     counts = {split: len(data.indices(SPLITS.index(split))) for split in splits}
+    batches = ((split, batch) for split in splits for batch in encode_split(model, data, split, options.batch_size))
+    first = next(batches)
+    needed = sum(counts.values()) * sum(value[0].nbytes for value in first[1] if value is not None)
+    free = disk_usage(path.absolute().parent).free
+    if free < needed:  # told now, because the library does not survive a full disk
+        raise CommandError(f"--output {options.output} takes {needed / 1e6:,.1f} MB, but there are {free / 1e6:,.1f} MB free: make room")
+    written = dict.fromkeys(splits, 0)
     with h5py.File(path, "w", libver="v108") as file:  # before, the names of some thousand classes were too long for an attribute
         file.attrs.update(
             {
@@ -215,13 +224,13 @@ def _write(path: Path, model: Any, data: "ArrayDataModule", splits: list[str], o
                 **{name: value for name in _AGREE if (value := getattr(data, name, None)) is not None},
             }
         )
-        for split, number in counts.items():
-            group, start = file.create_group(split), 0
-            for batch in encode_split(model, data, split, options.batch_size):
-                columns = {name: value for name, value in batch._asdict().items() if value is not None}
-                for name, value in columns.items():
-                    if start == 0:
-                        group.create_dataset(name, (number, *value.shape[1:]), value.dtype)
-                    group[name][start : start + len(value)] = value
-                start += len(batch.label)
+        for split, batch in chain([first], batches):
+            group, start = file.require_group(split), written[split]
+            for name, value in batch._asdict().items():
+                if value is None:
+                    continue
+                if start == 0:
+                    group.create_dataset(name, (counts[split], *value.shape[1:]), value.dtype)
+                group[name][start : start + len(value)] = value
+            written[split] += len(batch.label)
     return counts

@@ -93,6 +93,11 @@ def show_embedding(arguments: list[str]) -> int:
     for source in found:
         if source.class_names != found[0].class_names:
             raise CommandError(f"{source.name} and {found[0].name} have different classes: show maps of the same classes side by side")
+        bad = int((~np.isfinite(source.features)).any(axis=1).sum())
+        if bad:
+            raise CommandError(
+                f"{source.name}: features of {bad} of {len(source.label)} samples are not finite, the model may have diverged"
+            )
         if not (source.label >= 0).any():
             raise CommandError(f"{source.name}: no {options.split} sample has a label to colour it by: choose another --split")
     _write(found, options, data)
@@ -128,10 +133,18 @@ def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") 
                 )
             if data is not None and file.attrs.get("fingerprint") != data.fingerprint:
                 raise CommandError(f"{source} was made of other data than this {type(data).__name__}: give those with --data or --config")
-            class_names = [str(each) for each in file.attrs["class_names"]]
-            return _Source(name, group[column][()], group["label"][()], group["index"][()], class_names)
-    except (OSError, KeyError) as error:
+            class_names = [str(each) for each in np.atleast_1d(file.attrs["class_names"])]
+            features, label, index = (np.asarray(group[each]) for each in (column, "label", "index"))
+    except (OSError, KeyError, RuntimeError) as error:  # the last one is h5py's, of damage
         raise CommandError(f"{source} cannot be read, it may be truncated or of another format ({error})") from error
+    is_whole = features.ndim == 2 and features.dtype.kind == "f"
+    if not is_whole or any(each.shape != features.shape[:1] or each.dtype.kind not in "iu" for each in (label, index)):
+        raise CommandError(f"{source} holds no features (N, D) with a label and an index each: `litzoo embed` writes such files")
+    if label.astype(np.int64).max(initial=-1) >= len(class_names):
+        raise CommandError(
+            f"{source} has {len(class_names)} names of classes, but labels up to {label.max()}: make it anew by `litzoo embed`"
+        )
+    return _Source(name, features.astype(np.float32), label.astype(np.int64), index.astype(np.int64), class_names)
 
 
 def _encode(source: str, name: str, options: Any, data: "ArrayDataModule") -> _Source:

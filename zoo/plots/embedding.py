@@ -187,9 +187,10 @@ def plot_embedding(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> 
         row, column = divmod(position, columns)
         left, top = _MARGIN + column * (side + _GAP), _MARGIN + row * (_HEADER + side + _GAP)
         for text, down, size, color in ((each.title, 0.02, 11, INK), (each.note, 0.25, 9, MUTED)):
-            figure.text(left / width, 1 - (top + down) / height, _fitted(text, size, side), ha="left", va="top", fontsize=size, color=color)
-        place = (left / width, 1 - (top + _HEADER + side) / height, side / width, side / height)
-        _draw(figure.add_axes(place), each, class_names, side, classes)
+            place = left / width, 1 - (top + down) / height
+            figure.text(*place, _fitted(text, size, side), ha="left", va="top", fontsize=size, color=color, parse_math=False)
+        box = (left / width, 1 - (top + _HEADER + side) / height, side / width, side / height)
+        _draw(figure.add_axes(box), each, class_names, side, classes)
     keys = [("its nearest neighbour is of another class", "none", INK)] if marks else []
     keys += [("no label", _NO_LABEL, "none")] if grey else []
     left = _MARGIN
@@ -204,6 +205,7 @@ def plot_embedding(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> 
 
 def _fitted(text: str, size: float, width: float) -> str:
     """The text, shortened to a width in inches."""
+    text = shorten(text, 1000)
     wide = text_width([text], size)
     return text if wide <= width else shorten(text, max(4, int(len(text) * width / wide) - 1))
 
@@ -236,7 +238,7 @@ def _draw(axes: Axes, each: EmbeddingMap, class_names: Sequence[str], side: floa
         if np.abs(at - anchor - above).max() > 0.12:
             axes.plot(*np.stack([anchor, at]).T, color=INK, linewidth=0.5, alpha=0.7)
         box = {"boxstyle": "round,pad=0.14", "facecolor": "white", "edgecolor": palette[cls], "linewidth": 1.0, "alpha": 0.85}
-        axes.text(at[0], at[1], name, ha="center", va="center_baseline", fontsize=font, color=INK, bbox=box)
+        axes.text(at[0], at[1], name, ha="center", va="center_baseline", fontsize=font, color=INK, bbox=box, parse_math=False)
 
 
 def _typical(places: np.ndarray) -> np.ndarray:

@@ -66,6 +66,7 @@ def shorten(text: str, length: int = 28) -> str:
         >>> shorten("a very long name", 8)
         'a very …'
     """
+    text = text.encode("utf-8", "replace").decode()  # file names need not be text, which matplotlib wants
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
