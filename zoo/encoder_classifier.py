@@ -255,7 +255,7 @@ class EncoderClassifier(LightningModule):
         elif trainer.world_size > 1:
             raise ValueError("neighbours and class means are collected in one process: set trainer.devices to 1")
         self.automatic_optimization = False
-        self._short_epochs.begin(trainer)
+        self._short_epochs.begin(trainer, validated=not self._learns)
 
     def _check_data(self, data: Any) -> None:
         """Refuse data that the classifier or its encoder was not made for."""

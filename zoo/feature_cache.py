@@ -35,11 +35,14 @@ class ShortEpochs(Callback):
     def __init__(self) -> None:
         self._before: dict[str, Any] = {}
 
-    def begin(self, trainer: Trainer) -> None:
-        """Cut the epochs short until the fit ends."""
-        self._before = {name: getattr(trainer, name) for name in ("limit_train_batches", "log_every_n_steps")}
-        for name in self._before:
-            setattr(trainer, name, 1)
+    def begin(self, trainer: Trainer, validated: bool = False) -> None:
+        """Cut the epochs short until the fit ends; with `validated`, each has a validation at its end, whatever was asked for."""
+        settings: dict[str, Any] = dict.fromkeys(("limit_train_batches", "log_every_n_steps"), 1)
+        if validated:
+            settings |= {"val_check_interval": 1.0, "check_val_every_n_epoch": 1}
+        self._before = {name: getattr(trainer, name) for name in settings}
+        for name, value in settings.items():
+            setattr(trainer, name, value)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")
@@ -199,7 +202,7 @@ def obstacle_to_cache(trainer: Any) -> str | None:
 def _wants_batches(callback: Any) -> bool:
     """Whether a callback acts on single batches, or changes their number."""
     names = {base.__name__ for base in type(callback).__mro__}
-    if names & _TUNERS:
+    if bool(names & _TUNERS) or getattr(callback, "_every_n_train_steps", 0):  # a ModelCheckpoint within an epoch
         return True
     # Against the base class that it has, because `pytorch_lightning` has one of its own.
     base = next((base for base in type(callback).__mro__ if base.__name__ == "Callback"), Callback)

@@ -94,7 +94,7 @@ class TimmOptimizer(Optimizer):
         from timm.optim import create_optimizer_v2, list_optimizers
 
         known, groups = list_optimizers(), cast(list[dict[str, Any]], list(params))
-        base = name.removeprefix("lookahead_")
+        base = name.lower().removeprefix("lookahead_")
         if base not in known:
             close = difflib.get_close_matches(base, known, n=1, cutoff=0.5)
             raise ValueError(

@@ -195,6 +195,7 @@ def test_what_stands_against_the_cache() -> None:
         ("EMA acts", {"callbacks": [EMA()]}, {}),
         ("SAM acts", {"callbacks": [SAM()]}, {}),
         ("LearningRateFinder acts", {"callbacks": [LearningRateFinder()]}, {}),
+        ("ModelCheckpoint acts", {"callbacks": [ModelCheckpoint(every_n_train_steps=7)], "enable_checkpointing": True}, {}),
     ]
     for message, trainer, data in cases:
         with pytest.raises(ValueError, match=f"features cannot be cached, because .*{message}"):
@@ -319,7 +320,10 @@ def features_of(model: EncoderClassifier, data: DigitsDataModule, split: int) ->
 def test_heads_without_gradient(head: Any, tmp_path: Path) -> None:
     model, data = model_of(head=head, k=3), data_of()
     before = tensors(model.encoder)
-    trainer = fit(model, data, max_epochs=7, enable_checkpointing=True, default_root_dir=tmp_path)
+    odd: dict[str, Any] = {"val_check_interval": 3, "check_val_every_n_epoch": 2}  # there is one epoch of one batch, and it is validated
+    trainer = fit(model, data, max_epochs=7, enable_checkpointing=True, default_root_dir=tmp_path, **odd)
+    assert "val/accuracy" in trainer.callback_metrics
+    assert odd.items() <= vars(trainer).items()
     assert trainer.current_epoch == 1
     assert trainer.global_step == 1
     assert same(before, tensors(model.encoder))

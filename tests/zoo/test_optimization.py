@@ -177,6 +177,7 @@ def test_timm_optimizers_by_name(name: str, made: type) -> None:
 
 def test_timm_optimizers_that_do_not_exist() -> None:
     weights = [nn.Parameter(torch.ones(2))]
+    assert type(TimmOptimizer(weights, "AdamW")) is torch.optim.AdamW
     with pytest.raises(ValueError, match="no optimizer 'adann'; did you mean adan"):
         TimmOptimizer(weights, "adann")
     with pytest.raises(ValueError, match="'adan' does not take these options"):
