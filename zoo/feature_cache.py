@@ -202,7 +202,7 @@ def obstacle_to_cache(trainer: Any) -> str | None:
 def _wants_batches(callback: Any) -> bool:
     """Whether a callback acts on single batches, or changes their number."""
     names = {base.__name__ for base in type(callback).__mro__}
-    if bool(names & _TUNERS) or getattr(callback, "_every_n_train_steps", 0):  # a ModelCheckpoint within an epoch
+    if names & _TUNERS or getattr(callback, "_every_n_train_steps", 0) > 0:  # a ModelCheckpoint within an epoch
         return True
     # Against the base class that it has, because `pytorch_lightning` has one of its own.
     base = next((base for base in type(callback).__mro__ if base.__name__ == "Callback"), Callback)
