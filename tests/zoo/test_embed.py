@@ -17,6 +17,7 @@ import litzoo
 from litzoo.datamodules import DigitsDataModule
 from litzoo.zoo import EncoderClassifier, ImageClassifier, InstanceDiscrimination, PointNetClassifier
 from litzoo.zoo.cli import main
+from litzoo.zoo.cli.show_embedding import _short_names
 from litzoo.zoo.plots import embedding as plots
 from litzoo.zoo.plots.embedding import EmbeddingMap
 
@@ -242,3 +243,11 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert line.startswith("litzoo: ")
     assert words in line
     assert not list(tmp_path.iterdir())
+
+
+def test_panels_are_named_after_their_run() -> None:
+    run = "runs/supcon/version_3/checkpoints"
+    names = _short_names([f"{run}/average.ckpt", "runs/twin/version_0/checkpoints/average.ckpt", "mine.safetensors", "pointnet_furniture"])
+    assert names == ["supcon, average", "twin, average", "mine", "pointnet_furniture"]
+    same = [f"{run}/last.ckpt", "runs/supcon/version_4/checkpoints/last.ckpt"]
+    assert _short_names(same) == same, "only the whole path tells them apart"

@@ -9,6 +9,7 @@ import torch
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
 from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split, load_model
+from .runs import run_of
 
 if TYPE_CHECKING:
     from ...datamodules import ArrayDataModule
@@ -109,9 +110,17 @@ def _is_file(source: str) -> bool:
 
 
 def _short_names(sources: list[str]) -> list[str]:
-    """The names of files without folders, where that is enough to tell them apart."""
-    short = [Path(source).stem if Path(source).suffix in (*HDF5, ".safetensors", ".ckpt") else source for source in sources]
+    """Files without their folders, checkpoints of a run with its name, where that is enough to tell them apart."""
+    short = [_short_name(source) for source in sources]
     return [source if short.count(name) > 1 else name for source, name in zip(sources, short, strict=True)]
+
+
+def _short_name(source: str) -> str:
+    path = Path(source)
+    if path.suffix not in (*HDF5, ".safetensors", ".ckpt"):
+        return source
+    run = run_of(path)
+    return path.stem if run is None else f"{run.parent.name}, {path.stem}"
 
 
 def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") -> _Source:
