@@ -1,7 +1,6 @@
 """The mean of the best checkpoints: its weights, its statistics, and a training that does not notice."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -173,23 +172,16 @@ def test_nothing_to_average_is_told(number: int, tmp_path: Path) -> None:
         CheckpointAverage(iter([]))
 
 
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from litzoo.callbacks import CheckpointAverage
-from test_checkpoint_average import train
-from matrix import batches
-callback = CheckpointAverage(batches(5, 4))
-model, keeper, trainer = train(Path(sys.argv[1] + "_run"), callback, strategy="ddp", devices=2, use_distributed_sampler=False)
-torch.save((str(callback.average_path), list(keeper.best_k_models)), f"{sys.argv[1]}_{trainer.global_rank}.pt")
-"""
+def run_rank(folder: Path) -> None:
+    """One of two processes; they train on the same batches."""
+    callback = CheckpointAverage(batches(5, 4))
+    _, keeper, trainer = train(folder, callback, strategy="ddp", devices=2, use_distributed_sampler=False)
+    torch.save((str(callback.average_path), list(keeper.best_k_models)), folder / f"rank_{trainer.global_rank}.pt")
 
 
-def test_two_processes_write_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n{SCRIPT}")
-    two_processes(script, tmp_path / "result")
-    (first, paths), (second, _) = (torch.load(tmp_path / f"result_{rank}.pt") for rank in range(2))
+@pytest.mark.slow
+def test_two_processes_write_one(rank_folder: Path) -> None:
+    (first, paths), (second, _) = (torch.load(rank_folder / f"rank_{rank}.pt") for rank in range(2))
     assert first == second
     states = [torch.load(path, weights_only=True)["state_dict"] for path in paths]
     written = torch.load(first, weights_only=True)["state_dict"]

@@ -1,9 +1,7 @@
 """`CollapseWatch` beside a training that collapses, and one that does not."""
 
 import math
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -303,9 +301,8 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_agree(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
-    first, second = (torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
+def test_two_processes_agree(rank_folder: Path) -> None:
+    first, second = (torch.load(rank_folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2))
     assert 2 <= first["epochs"] == second["epochs"] < 30
     assert first["state"] == second["state"]
     losses = [loss for epoch, *loss in first["losses"] + second["losses"] if epoch == first["epochs"] - 1]
@@ -313,7 +310,3 @@ def test_two_processes_agree(tmp_path: Path, two_processes: Callable[..., None])
     for found in (first, second):
         assert found["train/collapse_ratio"] == pytest.approx(expected, abs=1e-6)
         assert found["val/feature_rank"] < 1.5
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -1,8 +1,6 @@
-"""ConfusionMatrixPlot: the matrix of the whole epoch, in any Lightning project; also the script of its two processes."""
+"""ConfusionMatrixPlot: the matrix of the whole epoch, in any Lightning project; `run_rank` is for two processes."""
 
 import csv
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +287,9 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     for result in ("logits", "preds"):
         model = Plain()
-        model.load_state_dict(torch.load(tmp_path / f"{result}.pt", weights_only=True))
+        model.load_state_dict(torch.load(rank_folder / f"{result}.pt", weights_only=True))
         for stage in ("val", "test"):
-            assert read(tmp_path / result, stage)[1] == expected(model, dataset(2, samples=48))
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+            assert read(rank_folder / result, stage)[1] == expected(model, dataset(2, samples=48))

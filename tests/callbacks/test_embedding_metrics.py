@@ -1,8 +1,6 @@
 """`EmbeddingMetrics` against a loop over queries and ranks in float64, and scikit-learn's mutual information."""
 
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +233,7 @@ def run_rank(folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     model, val = Net(), [val_set().tensors]
     features, label = of(model, val)  # type: ignore[arg-type]
     kept = stratified_subset(label, 15)
@@ -244,8 +241,4 @@ def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., No
     after = of(model, val, "forward")  # type: ignore[arg-type]
     wanted |= {f"{name}_forward": value for name, value in {**retrieval(*after), **clusters(*after)}.items()}
     for rank in range(2):
-        assert torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) == pytest.approx(wanted, abs=1e-6)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+        assert torch.load(rank_folder / f"rank_{rank}.pt", weights_only=True) == pytest.approx(wanted, abs=1e-6)

@@ -1,9 +1,8 @@
-"""`EmbeddingPlot` draws the features of all evaluated samples; also the script of its two processes."""
+"""`EmbeddingPlot` draws the features of all evaluated samples; `run_rank` is for two processes."""
 
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +227,5 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
-    assert (tmp_path / "embedding" / "val.html").is_file()
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+def test_two_processes_equal_one(rank_folder: Path) -> None:
+    assert (rank_folder / "embedding" / "val.html").is_file()

@@ -1,8 +1,6 @@
 """`FeatureRank`: the whole epoch's rank, one warning, and no more."""
 
-import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,14 +148,9 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     model = Net()
     for rank in range(2):
-        weights, found = torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True)
+        weights, found = torch.load(rank_folder / f"rank_{rank}.pt", weights_only=True)
         model.load_state_dict(weights)
         assert float(found) == pytest.approx(float(effective_rank(features(model, batches(8, 3) + batches(9, 3)))))
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -1,7 +1,6 @@
 """What the callbacks on features share: the same features on every process, and no trace in the training."""
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -390,16 +389,13 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     for name in MAKERS:
-        (weights, first, inputs), (_, second, others) = (torch.load(tmp_path / f"{name}_{rank}.pt", weights_only=True) for rank in range(2))
+        (weights, first, inputs), (_, second, others) = (
+            torch.load(rank_folder / f"{name}_{rank}.pt", weights_only=True) for rank in range(2)
+        )
         assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True)), name
         assert all(torch.equal(inputs[key], others[key]) for key in inputs), name
         model = Net(norm=True)
         model.load_state_dict(weights)
         check(model, first, inputs, name)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -1,8 +1,7 @@
-"""GradualUnfreeze: the weights of a loop that builds its parameters by hand; also the script of its two processes."""
+"""GradualUnfreeze: the weights of a loop that builds its parameters by hand; `run_rank` is for two processes."""
 
 import os
 import pickle
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -338,14 +337,9 @@ class Shard(Callback):
 
 
 @pytest.mark.slow
-def test_two_processes_equal_the_mean_of_gradients(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_the_mean_of_gradients(rank_folder: Path) -> None:
     expected = {"plain": by_hand(norm=False, shards=2), "windows": by_hand(norm=False, shards=2, accumulate=2, clip=0.05)}
     for name, net in expected.items():
         for rank in range(2):
-            found = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
+            found = torch.load(rank_folder / f"{name}{rank}.pt", weights_only=True)
             torch.testing.assert_close(found, net.state_dict(), **CLOSE)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -1,7 +1,5 @@
 """`LinearProbe` against a loop written by hand."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +252,9 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     """The probe takes the steps of one that sees the samples of both."""
-    two_processes(Path(__file__), tmp_path)
-    ranks = [torch.load(tmp_path / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = [torch.load(rank_folder / f"rank_{rank}.pt", weights_only=True) for rank in range(2)]
     features, label = ([torch.cat(pair) for pair in zip(ranks[0][column], ranks[1][column], strict=True)] for column in (0, 1))
     layer, losses = by_hand(features, label)
     model = Net()
@@ -271,7 +268,3 @@ def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., No
         )
         assert float(found["val/probe_accuracy"]) == pytest.approx(accuracy(layer, model, batches(8, 3) + batches(9, 3)))
     assert len(losses) == 7 * EPOCHS
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

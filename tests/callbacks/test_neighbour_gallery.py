@@ -1,7 +1,5 @@
 """`NeighbourGallery` picks the true neighbours, and shows them as they were."""
 
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -211,10 +209,5 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
-    assert (tmp_path / "neighbours" / "val.png").is_file()
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+def test_two_processes_equal_one(rank_folder: Path) -> None:
+    assert (rank_folder / "neighbours" / "val.png").is_file()

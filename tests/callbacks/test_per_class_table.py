@@ -1,8 +1,6 @@
-"""PerClassTable: the table equals scikit-learn's; also the script of its two processes."""
+"""PerClassTable: the table equals scikit-learn's; `run_rank` is for two processes."""
 
 import csv
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,12 +107,7 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes_equal_one(rank_folder: Path) -> None:
     model = Plain()
-    model.load_state_dict(torch.load(tmp_path / "rank0.pt", weights_only=True))
-    check(tmp_path / "per_class_test.csv", model)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
+    model.load_state_dict(torch.load(rank_folder / "rank0.pt", weights_only=True))
+    check(rank_folder / "per_class_test.csv", model)

@@ -1,10 +1,9 @@
-"""SnapshotEnsemble against hand-written loops and separately loaded snapshots; also the script of its two processes."""
+"""SnapshotEnsemble against hand-written loops and separately loaded snapshots; `run_rank` is for two processes."""
 
 import math
 import pickle
 import shutil
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -620,16 +619,13 @@ def run_rank(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path: Path, two_processes: Callable[..., None]) -> None:
-    two_processes(Path(__file__), tmp_path)
+def test_two_processes(rank_folder: Path) -> None:
     names = [f"cycle_{cycle}.ckpt" for cycle in (1, 2, 3)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["first", "second", "snapshots", "snapshots-v1"]
+    assert sorted(path.name for path in rank_folder.iterdir()) == ["first", "second", "snapshots", "snapshots-v1"]
     for name in names:
         # The same training twice, and one of them resumed.
-        first, second = (torch.load(tmp_path / folder / name, weights_only=True)["state_dict"] for folder in ("snapshots", "snapshots-v1"))
+        first, second = (
+            torch.load(rank_folder / folder / name, weights_only=True)["state_dict"] for folder in ("snapshots", "snapshots-v1")
+        )
         for key, value in first.items():
             torch.testing.assert_close(second[key], value, rtol=1e-12, atol=1e-12)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
