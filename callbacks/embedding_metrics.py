@@ -63,7 +63,7 @@ class EmbeddingMetrics(FeatureObserver):
         reference: "own" for the other evaluated samples, or "train" for the training samples.
         max_samples: of more evaluated samples, a subset of so many is scored, in which each class keeps its share, always the same
             one; fewer references of a class make retrieval among them harder. None scores all.
-        clusters: whether to cluster; many classes take long.
+        clusters: whether to cluster; hundreds of classes take seconds.
         every_n_epochs: of a training, score the first epoch that is validated, also after a resume, every n-th and the last one; between
             them the last scores stand, which `EarlyStopping` counts as no improvement.
         reference_loader: for "train", batches `(x, y)` of training samples, the same on every process or with a distributed sampler;

@@ -30,8 +30,8 @@ class EmbeddingPlot(FeatureObserver):
 
     The features, in evaluation mode, are those of all processes, at unit length; of many samples a random subset is drawn, of each class
     its share, always the same one. The title tells the precision at 1 of all of them: how many have a nearest neighbour of their own
-    class. Samples without a label are grey. With several evaluation loaders, the first one counts; the sanity check draws nothing. A picture that fails
-    is warned of, and the training goes on. It has no state, and leaves training and random streams alone.
+    class. Samples without a label are grey. With several evaluation loaders, the first one counts; the sanity check draws nothing. A
+    picture that fails is warned of, and the training goes on. It has no state, and leaves training and random streams alone.
 
     Cost: keeps the features of all evaluated samples, with thumbnails of images, and compares all with all; t-SNE of 2,000 samples takes
     some seconds of a processor. Composes with every callback; under `EMA` and `SWA` it shows the average.

@@ -64,6 +64,13 @@ def test_all_alike_is_drawn() -> None:
     plot_embedding([make_map(place=np.zeros((40, 2)))], list("abcd")).canvas.draw()
 
 
+def test_names_cover_none_of_a_few_points() -> None:
+    axes = plot_embedding([make_map(2, 2, place=np.array([[0.0, 0.0], [1.0, 6.0]]))], ["a", "b"]).axes[0]
+    (low, high), (a, b) = axes.collections[0].get_offsets()[np.argsort(axes.collections[0].get_offsets()[:, 1])], axes.texts
+    assert a.get_position()[1] > low[1] + 0.15
+    assert b.get_position()[1] < high[1] - 0.15, "there is no room above"
+
+
 def test_names_are_drawn_as_they_are() -> None:
     """Dollars begin no formula, and names of folders need not be text."""
     names = ["$5 and $6", "$\\frac$", "caf\udce9", EVIL]

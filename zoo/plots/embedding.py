@@ -45,7 +45,7 @@ class EmbeddingMap(NamedTuple):
         label: `(N,)` int; -1 where it is unknown.
         index: `(N,)` int, the number of each sample in its data set.
         wrong: `(N,)` bool, samples to mark because their nearest neighbour is of another class; None marks none.
-        images: `(N, H, W, C)`, uint8 or floats in [0, 1], with C = 1 or 3, to be shown on the page as thumbnails; None where there are none.
+        images: `(N, H, W, C)`, uint8 or floats in [0, 1], with C = 1 or 3, for thumbnails on the page; None where there are none.
     """
 
     title: str
@@ -103,7 +103,7 @@ def _check(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> None:
 
 @cache
 def class_palette(number: int) -> tuple[str, ...]:
-    """Colours that differ for those who do not see red or green, too: six known ones, then always the one that differs most from all before.
+    """Colours that differ for those who do not see red or green, too: six known ones, then each time the one that differs most from all.
 
     The difference of two colours is their distance in OKLab: the smallest of those with full colour vision (which counts 0.6), with
     protanopia and with deuteranopia. Some dozens of colours can be told apart; beyond them, names must help. After 256 they come again.
@@ -155,7 +155,8 @@ def _as_seen(rgb: np.ndarray) -> np.ndarray:
 def plot_embedding(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> Figure:
     """Draw maps side by side, in the same colours; the name of each class stands where most of its samples lie.
 
-    Of more than 150 classes in a map, the largest ones are named. Samples to mark have a dark ring, those without a label are grey. Names that would cover one another are moved apart.
+    Of more than 150 classes in a map, the largest ones are named. Samples to mark have a dark ring, those without a label are grey.
+    Names that would cover one another are moved apart.
 
     Args:
         maps: one panel each.
@@ -232,10 +233,11 @@ def _draw(axes: Axes, each: EmbeddingMap, class_names: Sequence[str], side: floa
     names = [shorten(str(class_names[cls]), 18) for cls in present]
     anchors = np.array([_typical(inches[each.label == cls]) for cls in present]).reshape(-1, 2)
     sizes = np.array([(text_width([name], font) + 0.15, font * 1.5 / 72) for name in names]).reshape(-1, 2)
-    # Names of few points would cover them, so they stand above.
-    above = np.array([0.0, font * 1.5 / 72 if len(inches) < 40 * classes or classes > 40 else 0.0])
-    for cls, name, anchor, at in zip(present, names, anchors, _apart(anchors + above, sizes, side), strict=True):
-        if np.abs(at - anchor - above).max() > 0.12:
+    # Names of few points would cover them, so they stand above, or at the upper edge below.
+    lift = font * 1.5 / 72 if len(inches) < 40 * classes or classes > 40 else 0.0
+    wanted = anchors + lift * np.where(anchors[:, 1:] + 1.5 * lift > side, [[0.0, -1.0]], [[0.0, 1.0]])
+    for cls, name, anchor, start, at in zip(present, names, anchors, wanted, _apart(wanted, sizes, side), strict=True):
+        if np.abs(at - start).max() > 0.12:
             axes.plot(*np.stack([anchor, at]).T, color=INK, linewidth=0.5, alpha=0.7)
         box = {"boxstyle": "round,pad=0.14", "facecolor": "white", "edgecolor": palette[cls], "linewidth": 1.0, "alpha": 0.85}
         axes.text(at[0], at[1], name, ha="center", va="center_baseline", fontsize=font, color=INK, bbox=box, parse_math=False)
