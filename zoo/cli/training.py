@@ -119,7 +119,10 @@ class LitzooCLI(LightningCLI):
             parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
         parser.add_argument("--name", type=str | None, default=None, help="Folder of the runs; default: the recipe's name, or the model's.")
         parser.add_argument(
-            "--then", type=str | None, default=None, help="Recipe to fit after this one, on the encoder of its best checkpoint; null: none."
+            "--then",
+            type=str | None,
+            default=None,
+            help="Recipe to fit after this one, on the encoder of its best checkpoint, or of CheckpointAverage's mean; null: none.",
         )
         # Two, because save_last of the one that keeps the best is written only when a new best is.
         best = {"monitor": _MONITOR, "filename": "epoch_{epoch:03d}", "auto_insert_metric_name": False}
