@@ -83,7 +83,7 @@ def test_the_process_of_the_next_stage(started: Started, monkeypatch: pytest.Mon
 
 def test_signals_and_status_of_the_next_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C is left to the next stage; what ends this one ends that one."""
-    code = "import os, signal, time; [os.kill(os.getppid(), number) for number in (signal.SIGINT, signal.SIGTERM)]; time.sleep(60)"
+    code = "import os, signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); [os.kill(os.getppid(), number) for number in (signal.SIGINT, signal.SIGTERM)]; time.sleep(60)"
     start = subprocess.Popen
     monkeypatch.setattr(next_stage.subprocess, "Popen", lambda command, env: start([sys.executable, "-c", code]))
     assert run_next_stage("linear", Path("a.ckpt"), []) == 128 + 15

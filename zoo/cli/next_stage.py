@@ -69,12 +69,15 @@ def run_next_stage(recipe: str, encoder: Path, arguments: list[str], processes: 
     options = ["--config", recipe, "--model.encoder", str(encoder), *shared_options(arguments, processes)]
     print(f"litzoo: next stage: litzoo fit {shlex.join(options)}", flush=True)
     started: list[subprocess.Popen[bytes]] = []
+    ended = False
 
     def leave(signum: int, frame: FrameType | None) -> None:
         """Ctrl-C reaches both processes: that one stops between two batches, and this one waits."""
 
     def end(signum: int, frame: FrameType | None) -> None:
-        """What ends this process ends that one."""
+        """What ends this process ends that one, whose status would not tell."""
+        nonlocal ended
+        ended = True
         for process in started:
             process.terminate()
 
@@ -85,6 +88,7 @@ def run_next_stage(recipe: str, encoder: Path, arguments: list[str], processes: 
         command = [sys.executable, "-m", __name__.partition(".")[0], "fit", *options]
         started.append(subprocess.Popen(command, env=_environment(processes)))
         status = started[0].wait()
+        status = -signal.SIGTERM if ended else status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
