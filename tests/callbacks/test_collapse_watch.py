@@ -132,7 +132,7 @@ def test_the_loss_alone(tmp_path: Path) -> None:
     """Of a module that has no features, or is not validated; the value may be the user's."""
 
     class Bare(Untold):
-        encode = None  # type: ignore[assignment]
+        encode = None  # type: ignore[assignment]  # a module without features
 
         def forward(self, x: Tensor) -> Tensor:
             return self.head(self.encoder(x))
@@ -160,7 +160,7 @@ def test_the_features_alone(tmp_path: Path) -> None:
 
 def test_a_loss_of_manual_optimisation_is_whole(tmp_path: Path) -> None:
     class Returns(Manual):
-        def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]
+        def training_step(self, batch: Any, batch_idx: int) -> Any:  # type: ignore[override]  # typed more loosely than that of its parent
             super().training_step(batch, batch_idx)
             return torch.tensor(3.0)
 
@@ -187,7 +187,7 @@ def test_the_value_may_lie_on_the_device(tmp_path: Path) -> None:
     class Lies(Contrastive):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
-            self.collapsed_loss = torch.tensor(self.collapsed_loss)  # type: ignore[assignment]
+            self.collapsed_loss = torch.tensor(self.collapsed_loss)  # type: ignore[assignment]  # a number or a tensor, as a module likes
             return loss
 
     model = Lies()
@@ -221,7 +221,7 @@ def test_leaves_the_rank_to_feature_rank(tmp_path: Path) -> None:
 
     for features, beside in (("encode", FeatureRank()), ("forward", FeatureRank())):
         model = Notes()
-        fit(tmp_path, model, CollapseWatch(features=features), beside)  # type: ignore[arg-type]
+        fit(tmp_path, model, CollapseWatch(features=features), beside)  # type: ignore[arg-type]  # the parameter is one of both names
         assert model.names.count("val/feature_rank") == 6
         assert model.names.count("val/feature_rank_forward") == (6 if features == "forward" else 0)
 
@@ -279,7 +279,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
     ):
         with pytest.raises(ValueError, match=match):
-            CollapseWatch(**settings)  # type: ignore[arg-type]
+            CollapseWatch(**settings)  # type: ignore[arg-type]  # of mixed types
     for watch, settings in ((CollapseWatch(min_rank=0), {}), (CollapseWatch(), {"limit_val_batches": 0})):
         with pytest.raises(MisconfigurationException, match="CollapseWatch has nothing to watch: Untold has no collapsed_loss, and"):
             fit(tmp_path, Untold(), watch, **settings)
