@@ -4,7 +4,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..zoo.batch import Batch
 from ..zoo.functional.random import fold_in, random_order
 from .errors import DataError
 from .packing import map_array, map_images
-from .splits import SPLIT_NAMES, TEST, TRAIN, VAL
+from .splits import SPLIT_NAMES, TEST, TRAIN, UNUSED, VAL
 
 # Numbers that keep the streams of one seed apart.
 _ORDER, _SAMPLE, _INTERLEAVE, _REPEAT = 1, 2, 6, 7
@@ -343,6 +343,39 @@ class ArrayDataModule(LightningDataModule):
         digest = hashlib.sha256(index.numpy().tobytes())
         digest.update(self.arrays.input[some].contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def reassign(self, *, split: Tensor | None = None, label: Tensor | None = None) -> None:
+        """Give samples another split or another label, from the next loader on; the inputs and what normalises them stay.
+
+        Args:
+            split: `(M,)` uint8 (0 = train, 1 = validation, 2 = test, 3 = unused), or None to leave it.
+            label: `(M,)` int64, -1 where unknown, or None to leave them.
+
+        Raises:
+            ValueError: if there is not one value for each sample of the data set, one is out of range, or none trains.
+
+        Example:
+            >>> data = DigitsDataModule()
+            >>> split = data.arrays.split.clone()
+            >>> split[data.train_index[:100]] = 3
+            >>> data.reassign(split=split)
+        """
+        arrays = self.arrays
+        for name, given, least, end in (("split", split, 0, UNUSED + 1), ("label", label, -1, len(arrays.class_names))):
+            if given is None:
+                continue
+            if given.shape != arrays.label.shape:
+                raise ValueError(f"{name} must be one number for each of {len(arrays.label)} samples, got shape {tuple(given.shape)}")
+            if len(given) and not least <= int(given.min()) <= int(given.max()) < end:
+                raise ValueError(f"{name} must lie in {least} to {end - 1}, got {int(given.min())} to {int(given.max())}")
+        if split is not None and not (split == TRAIN).any():
+            raise ValueError("the split leaves no sample to train on")
+        self.arrays = replace(
+            arrays,
+            split=arrays.split if split is None else split.to(torch.uint8),
+            label=arrays.label if label is None else label.long(),
+        )
+        vars(self).pop("fingerprint", None)
 
     def indices(self, split: int) -> Tensor:
         """Positions of the samples of a split (0 = train, 1 = validation, 2 = test, 3 = unused), in ascending order."""

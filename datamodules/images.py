@@ -145,6 +145,10 @@ class ImageDataModule(ArrayDataModule):
                 raise DataError(f"{type(self).__name__}: {name} has {len(values)} values, but the images have {self.in_channels} channels")
         return list(mean), list(std)
 
+    def reassign(self, *, split: Tensor | None = None, label: Tensor | None = None) -> None:
+        self._moments  # noqa: B018  # measured on the training images that there were
+        super().reassign(split=split, label=label)
+
     @property
     def augments(self) -> bool:
         return self.views > 1 or self.augmentation != PRESETS["none"]

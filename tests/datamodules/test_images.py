@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision.transforms import v2
 
-from litzoo.datamodules import Arrays, DataError, ImageAugmentation, ImageDataModule
+from litzoo.datamodules import Arrays, DataError, DigitsDataModule, ImageAugmentation, ImageDataModule
 from litzoo.datamodules.splits import TEST, TRAIN, UNUSED, VAL
 from litzoo.zoo import Batch
 
@@ -231,3 +231,38 @@ def test_transform_stays_on_its_device(device: str) -> None:
         moved = data.transform(Batch(*(None if values is None else values.to(device) for values in batch)))
         assert moved.input.device.type == device
         torch.testing.assert_close(moved.input.cpu(), data.transform(batch).input, rtol=0, atol=1e-4)
+
+
+def test_samples_change_their_split_and_label_from_the_next_loader_on() -> None:
+    data = DigitsDataModule(batch_size=16)
+    split, label = data.arrays.split.clone(), data.arrays.label.clone()
+    mean, before = data.image_mean, data.fingerprint
+    chosen = data.train_index[:40]
+    split[data.train_index] = 3
+    split[chosen] = 0
+    label[chosen[:5]] = -1
+    data.reassign(split=split, label=label)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 2
+    assert set(torch.cat([batch.index for batch in batches]).tolist()) <= set(chosen.tolist())
+    assert data.num_train == 40
+    assert sum(data.class_counts) == 35
+    assert data.image_mean == mean
+    assert data.fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"split": torch.zeros(3, dtype=torch.uint8)}, "one number for each of 1797 samples"),
+        ({"label": torch.full((1797,), 10)}, "label must lie in -1 to 9, got 10 to 10"),
+        ({"split": torch.full((1797,), 4)}, "split must lie in 0 to 3"),
+        ({"split": torch.full((1797,), 2)}, "leaves no sample to train on"),
+    ],
+)
+def test_an_impossible_reassignment_changes_nothing(given: dict[str, torch.Tensor], reason: str) -> None:
+    data = DigitsDataModule()
+    before = data.arrays
+    with pytest.raises(ValueError, match=reason):
+        data.reassign(**given)
+    assert data.arrays is before
