@@ -56,6 +56,7 @@ class CIFAR10DataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; None takes the stored 32.
         train_fraction: share of each class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's training images held out for validation.
         split_seed: seed of these choices.
         balanced: whether every class comes equally often in a training epoch.
@@ -91,6 +92,7 @@ class CIFAR10DataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         balanced: bool = False,
@@ -107,6 +109,7 @@ class CIFAR10DataModule(ImageDataModule):
             views,
             image_size,
             train_fraction,
+            imbalance,
             val_fraction,
             0.0,
             split_seed,
@@ -145,6 +148,7 @@ class CIFAR100DataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; None takes the stored 32.
         train_fraction: share of each fine class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each fine class's training images held out for validation.
         split_seed: seed of these choices.
         balanced: whether every class comes equally often in a training epoch.
@@ -181,6 +185,7 @@ class CIFAR100DataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         balanced: bool = False,
@@ -197,6 +202,7 @@ class CIFAR100DataModule(ImageDataModule):
             views,
             image_size,
             train_fraction,
+            imbalance,
             val_fraction,
             0.0,
             split_seed,

@@ -27,6 +27,7 @@ class DigitsDataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; 8 or None keeps the stored ones.
         train_fraction: share of each class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's training images held out for validation.
         split_seed: seed of these choices; it does not touch the test split.
         balanced: whether every class comes equally often in a training epoch.
@@ -57,6 +58,7 @@ class DigitsDataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = 32,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         balanced: bool = False,
@@ -73,6 +75,7 @@ class DigitsDataModule(ImageDataModule):
             views,
             image_size or 8,
             train_fraction,
+            imbalance,
             val_fraction,
             0.0,
             split_seed,

@@ -68,6 +68,7 @@ class HDF5ImagesDataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; None takes the stored size.
         train_fraction: share of each class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's training images held out for validation, where the file has no such split.
         test_fraction: share of each class's images held out for the test, where the file has no `split`.
         split_seed: seed of these choices.
@@ -97,6 +98,7 @@ class HDF5ImagesDataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float = 0.15,
         split_seed: int = 0,
@@ -114,6 +116,7 @@ class HDF5ImagesDataModule(ImageDataModule):
             views,
             image_size,
             train_fraction,
+            imbalance,
             val_fraction,
             test_fraction,
             split_seed,

@@ -62,6 +62,7 @@ class ImageFolderDataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; None takes `size`.
         train_fraction: share of each class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's training images held out for validation, where there is no folder for it.
         test_fraction: share of each class's images held out for the test, where there are no folders for splits.
         split_seed: seed of these choices.
@@ -96,6 +97,7 @@ class ImageFolderDataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float = 0.15,
         split_seed: int = 0,
@@ -113,6 +115,7 @@ class ImageFolderDataModule(ImageDataModule):
             views,
             image_size,
             train_fraction,
+            imbalance,
             val_fraction,
             test_fraction,
             split_seed,

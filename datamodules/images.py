@@ -28,6 +28,7 @@ class ImageDataModule(ArrayDataModule):
         views: views of each training image.
         image_size: S, pixels; None takes the stored size.
         train_fraction: share of each class's training images to use, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's training images held out for validation, where the data have no such split.
         test_fraction: share of each class's images held out for the test, where the data have no split at all.
         split_seed: seed of all these choices.
@@ -53,6 +54,7 @@ class ImageDataModule(ArrayDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         test_fraction: float = 0.0,
         split_seed: int = 0,
@@ -74,10 +76,11 @@ class ImageDataModule(ArrayDataModule):
             raise ValueError(f"std must be positive, got {list(std)}")
         # Out of range here and now, not when the data are read.
         stratified_split(torch.zeros(0, dtype=torch.long), val_fraction, test_fraction)
-        thin_out(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), train_fraction)
+        thin_out(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), train_fraction, imbalance=imbalance)
         self.augmentation = PRESETS[augmentation] if isinstance(augmentation, str) else augmentation
         self.views = views
         self.train_fraction = train_fraction
+        self.imbalance = imbalance
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         self.split_seed = split_seed
@@ -100,7 +103,7 @@ class ImageDataModule(ArrayDataModule):
             split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed)
         elif not (split == VAL).any():
             split = hold_out(split.to(torch.uint8), label, self.val_fraction, self.split_seed)
-        return thin_out(split.to(torch.uint8), label, self.train_fraction, self.split_seed)
+        return thin_out(split.to(torch.uint8), label, self.train_fraction, self.split_seed, self.imbalance)
 
     @property
     def in_channels(self) -> int:

@@ -74,22 +74,28 @@ def hold_out(split: Tensor, label: Tensor, val_fraction: float, seed: int = 0) -
     return held
 
 
-def thin_out(split: Tensor, label: Tensor, train_fraction: float, seed: int = 0) -> Tensor:
+def thin_out(split: Tensor, label: Tensor, train_fraction: float, seed: int = 0, imbalance: float = 1.0) -> Tensor:
     """Keep a share of each class's training samples, at least one, and mark the others as unused (3).
 
-    A smaller fraction keeps a subset of what a larger one keeps.
+    Of n samples of class c among C, round(n * train_fraction * imbalance^(-c / (C - 1))) are kept. A smaller share keeps a subset of
+    what a larger one keeps.
 
     Args:
         split: `(M,)` uint8.
         label: `(M,)` int64.
         train_fraction: share of the training samples, in (0, 1].
         seed: seed of the choice.
+        imbalance: the first class's share over the last one's, at least 1: a long tail as of CIFAR-10-LT. Samples without a label are
+            not affected.
 
     Returns:
         A new `(M,)` uint8.
 
     Raises:
-        ValueError: if the fraction is out of range.
+        ValueError: if the fraction or the imbalance is out of range.
+
+    Source:
+        Cui, Jia, Lin, Song & Belongie, "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, section 5.1 (imbalance).
 
     Example:
         >>> thin_out(torch.zeros(10, dtype=torch.uint8), torch.zeros(10, dtype=torch.long), 0.3).bincount()
@@ -97,10 +103,14 @@ def thin_out(split: Tensor, label: Tensor, train_fraction: float, seed: int = 0)
     """
     if not 0 < train_fraction <= 1:
         raise ValueError(f"train_fraction must lie in (0, 1], got {train_fraction}")
+    if not imbalance >= 1:
+        raise ValueError(f"imbalance must be at least 1, got {imbalance}")
     thinned = split.clone()
+    last = max(int(label.max()) if len(label) else 0, 1)
     position = fold_in(seed, _KEEP, torch.arange(len(label)))
     for cls in label[split == TRAIN].unique().tolist():
         members = ((label == cls) & (split == TRAIN)).nonzero().squeeze(1)
         members = members[position[members].argsort(stable=True)]
-        thinned[members[max(1, round(len(members) * train_fraction)) :]] = UNUSED
+        share = train_fraction * imbalance ** (-max(cls, 0) / last)
+        thinned[members[max(1, round(len(members) * share)) :]] = UNUSED
     return thinned

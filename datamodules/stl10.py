@@ -98,6 +98,7 @@ class STL10DataModule(ImageDataModule):
         views: views of each training image.
         image_size: pixels of what a model gets; None takes the stored 96.
         train_fraction: share of each class's training images to use, and of the unlabelled ones, in (0, 1].
+        imbalance: how many times as many training images the first class keeps as the last one, falling exponentially from class to class.
         val_fraction: share of each class's labelled training images held out for validation; with a fold, of those outside it.
         split_seed: seed of these choices.
         balanced: whether every class comes equally often in a training epoch.
@@ -136,6 +137,7 @@ class STL10DataModule(ImageDataModule):
         views: int = 1,
         image_size: int | None = None,
         train_fraction: float = 1.0,
+        imbalance: float = 1.0,
         val_fraction: float = 0.1,
         split_seed: int = 0,
         balanced: bool = False,
@@ -152,6 +154,7 @@ class STL10DataModule(ImageDataModule):
             views,
             image_size,
             train_fraction,
+            imbalance,
             val_fraction,
             0.0,
             split_seed,
@@ -200,4 +203,4 @@ class STL10DataModule(ImageDataModule):
             split = hold_out(split, label, self.val_fraction, self.split_seed)
             split[labelled & (split == TRAIN)] = UNUSED
             split[fold] = TRAIN
-        return thin_out(split, label, self.train_fraction, self.split_seed)
+        return thin_out(split, label, self.train_fraction, self.split_seed, self.imbalance)

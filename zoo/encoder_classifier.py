@@ -18,12 +18,12 @@ from .batch import input_and_label
 from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
 from .functional.points import normalize_points
 from .layers.classification_metrics import classification_metrics
-from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead
+from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead, RescaledHead
 from .layers.modes import evaluating
 from .optimization import WarmupCosineLR, configure_optimizer
 from .pretrained import resolve_encoder
 
-Head = Literal["linear", "knn", "class_means"]
+Head = Literal["linear", "knn", "class_means", "tau_normalized", "weight_scaling"]
 
 # Moments of images that were measured on another split of the same data differ by less.
 _TOLERANCE = 0.01
@@ -36,9 +36,12 @@ class EncoderClassifier(LightningModule):
       linear evaluation of a representation and the second stage of SupCon; else fine-tuning.
     - "knn": weighted vote of the k nearest training features (`KNNClassifier`); k = 1 is the nearest training sample.
     - "class_means": p(y | x) = softmax(cos(f(x), m_y) / T), with m_y the mean of the normalised training features of class y.
+    - "tau_normalized": the encoder's own linear classifier with weights w_c / ||w_c||^tau, without bias, for classes of unequal frequency.
+    - "weight_scaling": that classifier with weights s_c w_c, of which s is learned; on balanced classes (`balanced` of the data).
+      "linear" on balanced classes is the retraining of the classifier.
 
-    The last two learn nothing by gradient: `fit` passes over the training set once, validates, and ends after one epoch, whatever
-    `max_epochs` says; training samples labelled -1 are left out.
+    "knn", "class_means" and "tau_normalized" learn nothing by gradient: `fit` passes over the training set once if they need it, validates,
+    and ends after one epoch, whatever `max_epochs` says; training samples labelled -1 are left out.
 
     A frozen encoder is always in evaluation mode and stays as it is, to the bit. Where, besides, nothing augments the training data,
     they are encoded once, as those of validation, and the head is trained on the cached features, in the very minibatches that the
@@ -54,11 +57,13 @@ class EncoderClassifier(LightningModule):
             name, "hparams": {...}}`, for random weights. The description is what is kept, so that a checkpoint loads anywhere, offline.
         num_classes: C.
         class_names: name of each class; kept with the weights.
-        head: "linear", "knn" or "class_means".
+        head: "linear", "knn", "class_means", "tau_normalized" or "weight_scaling"; the last two want an encoder that has a linear
+            classifier on its features, such as a trained `ImageClassifier`.
         freeze: whether the encoder stays as it is; False is fine-tuning.
         label_smoothing: s of the targets (1 - s) onehot(y) + s / C, in [0, 1].
         k: neighbours that vote.
         temperature: of the votes of neighbours, exp(cos / T), and of the class means.
+        tau: exponent of "tau_normalized"; choose it on balanced validation data.
         cache_features: True insists on the cache, False does without; None decides by itself.
         lr: learning rate of the head in place of that of `optimizer`; "auto" finds one before the first epoch by a range test on the cached
             features. Lightning's `LearningRateFinder` sets it as well.
@@ -80,7 +85,8 @@ class EncoderClassifier(LightningModule):
         Khosla et al., "Supervised Contrastive Learning", NeurIPS 2020; Snell, Swersky & Zemel, "Prototypical Networks for Few-shot
         Learning", NeurIPS 2017 (class means); Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR
         2018 (neighbours); Liu, Wang, Owens & Li, "Energy-based Out-of-distribution Detection", NeurIPS 2020; Sun, Ming, Zhu & Li,
-        "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022; Smith, "Cyclical Learning Rates for Training Neural
+        "Out-of-Distribution Detection with Deep Nearest Neighbors", ICML 2022; Kang et al., "Decoupling Representation and Classifier for
+        Long-Tailed Recognition", ICLR 2020 (classifiers for imbalanced classes); Smith, "Cyclical Learning Rates for Training Neural
         Networks", WACV 2017 (range test).
     """
 
@@ -94,6 +100,7 @@ class EncoderClassifier(LightningModule):
         label_smoothing: float = 0.0,
         k: int = 20,
         temperature: float = 0.1,
+        tau: float = 1.0,
         cache_features: bool | None = None,
         lr: float | Literal["auto"] | None = None,
         encoder_lr_factor: float = 0.1,
@@ -101,8 +108,9 @@ class EncoderClassifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_classes, class_names, head, freeze, label_smoothing, k, temperature, cache_features, lr, encoder_lr_factor)
+        _check_settings(num_classes, class_names, head, freeze, label_smoothing, k, temperature, tau, cache_features, lr, encoder_lr_factor)
         model, description = resolve_encoder(encoder)
+        classifier = getattr(model, "head", None)
         while isinstance(model, EncoderClassifier):  # whose own encoder is meant: a frozen one would pass no gradient on
             model, description = model.encoder, description["hparams"]["encoder"]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "encoder"])
@@ -127,8 +135,12 @@ class EncoderClassifier(LightningModule):
             self.head = LinearHead(self.num_features, num_classes)
         elif head == "knn":
             self.head = NeighboursHead(num_classes, k, temperature)
-        else:
+        elif head == "class_means":
             self.head = ClassMeansHead(self.num_features, num_classes, temperature)
+        else:
+            self.head = RescaledHead(self.num_features, num_classes, tau if head == "tau_normalized" else None)
+            if isinstance(encoder, str):  # else it is built for weights that come
+                self.head.take(_classifier_weight(classifier, self.head.weight.shape, encoder))
         # What raw inputs are, and what `predict` does to them.
         self.image_input = getattr(model, "image_input", None)
         self.normalization = getattr(model, "normalization", None)
@@ -158,7 +170,11 @@ class EncoderClassifier(LightningModule):
 
     @property
     def _learns(self) -> bool:
-        return isinstance(self.head, LinearHead)
+        return any(parameter.requires_grad for parameter in self.head.parameters())
+
+    @property
+    def _wants_features(self) -> bool:
+        return isinstance(self.head, (NeighboursHead, ClassMeansHead))
 
     def train(self, mode: bool = True) -> "EncoderClassifier":
         super().train(mode)
@@ -250,10 +266,13 @@ class EncoderClassifier(LightningModule):
                 self._check_without_cache(obstacle)
                 return
             self._cache = FeatureCache(trainer.datamodule, trainer.limit_train_batches)
-        elif not hasattr(trainer.datamodule, "eval_train_dataloader"):
-            raise ValueError("neighbours and class means want the training set as it is: give a DataModule with eval_train_dataloader()")
-        elif trainer.world_size > 1:
-            raise ValueError("neighbours and class means are collected in one process: set trainer.devices to 1")
+        elif self._wants_features:
+            if not hasattr(trainer.datamodule, "eval_train_dataloader"):
+                raise ValueError(
+                    "neighbours and class means want the training set as it is: give a DataModule with eval_train_dataloader()"
+                )
+            if trainer.world_size > 1:
+                raise ValueError("neighbours and class means are collected in one process: set trainer.devices to 1")
         self.automatic_optimization = False
         self._short_epochs.begin(trainer, validated=not self._learns)
 
@@ -296,7 +315,7 @@ class EncoderClassifier(LightningModule):
     def on_fit_start(self) -> None:
         if self._learns and self.lr != self._lr_in_use:  # a tuner has set it after the optimizer was made
             self.trainer.strategy.setup_optimizers(self.trainer)
-        if not self._learns and not self.automatic_optimization:
+        if self._wants_features and not self.automatic_optimization:
             features, label, _ = training_features(self)
             self.head.fit(features, label)  # before the sanity check asks for predictions
 
@@ -440,6 +459,18 @@ def _count_step(counter: Any) -> None:
     counter._on_after_step()
 
 
+def _classifier_weight(classifier: Any, shape: torch.Size, encoder: str) -> Tensor:
+    """Of an encoder's own linear classifier on its features."""
+    if not isinstance(classifier, nn.Linear) or classifier.in_features != shape[1]:
+        raise ValueError(
+            f"{encoder} has no linear classifier on its features to rescale: give a trained ImageClassifier, or an EncoderClassifier with a "
+            "linear head, or take head linear with balanced data"
+        )
+    if classifier.out_features != shape[0]:
+        raise ValueError(f"the classifier of {encoder} tells {classifier.out_features} classes apart, but num_classes is {shape[0]}")
+    return classifier.weight
+
+
 def _check_labels(data: Any) -> None:
     counts, known = (getattr(data, name, None) for name in ("num_train", "class_counts"))
     if counts is not None and known is not None and sum(known) < counts:
@@ -465,6 +496,7 @@ def _check_settings(
     label_smoothing: float,
     k: int,
     temperature: float,
+    tau: float,
     cache_features: bool | None,
     lr: float | str | None,
     encoder_lr_factor: float,
@@ -477,14 +509,17 @@ def _check_settings(
         raise ValueError(f"head must be one of {', '.join(get_args(Head))}; got {head!r}")
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if k < 1 or not temperature > 0 or not encoder_lr_factor >= 0:
+    if k < 1 or not temperature > 0 or not min(tau, encoder_lr_factor) >= 0:
         raise ValueError(
-            f"k must be at least 1, temperature positive and encoder_lr_factor not negative, got {k}, {temperature} and {encoder_lr_factor}"
+            "k must be at least 1, temperature positive, tau and encoder_lr_factor not negative, "
+            f"got {k}, {temperature}, {tau} and {encoder_lr_factor}"
         )
     if not (lr is None or lr == "auto" or (not isinstance(lr, str) and lr > 0)):
         raise ValueError(f"lr must be positive, 'auto' or null, got {lr!r}")
-    if head != "linear" and (not freeze or lr is not None):
-        raise ValueError(f"head {head} learns nothing by gradient: leave freeze true, and lr out or null")
+    if head != "linear" and not freeze:
+        raise ValueError(f"head {head} takes the encoder as it is: leave freeze true")
+    if head not in ("linear", "weight_scaling") and lr is not None:
+        raise ValueError(f"head {head} learns nothing by gradient: leave lr out or null")
     if not freeze and (cache_features or lr == "auto"):
         raise ValueError(
             "the features of an encoder that learns cannot be cached, nor searched for a learning rate: leave cache_features out, set lr"

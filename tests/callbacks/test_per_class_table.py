@@ -78,6 +78,31 @@ def test_equals_scikit_learn(stage: str, tmp_path: Path, capsys: pytest.CaptureF
     assert len(set(map(len, table))) == 1, "columns line up"
 
 
+def test_classes_with_many_and_few_training_samples_have_a_mean_each(tmp_path: Path) -> None:
+    model, folder = Plain(), tmp_path
+    table = PerClassTable(class_names=NAMES, train_counts=[300, 7, 101, 100])
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(callbacks=[table], accelerator="cpu", devices=1, default_root_dir=folder, **quiet)  # type: ignore[arg-type]  # bools
+    trainer.test(model, DataLoader(dataset(), batch_size=8), verbose=False)
+    with (folder / "per_class_test.csv").open(encoding="utf-8") as file:
+        rows = {row["class"]: row for row in csv.DictReader(file)}
+    assert list(rows) == [*NAMES, "many (more than 100)", "few (fewer than 20)", "macro mean", "accuracy"], (
+        "the class never there is medium"
+    )
+    for group, members in (("many (more than 100)", [0, 2]), ("few (fewer than 20)", [1])):
+        recalls = [float(rows[NAMES[cls]]["recall"]) for cls in members]
+        assert float(rows[group]["recall"]) == pytest.approx(sum(recalls) / len(recalls))
+        assert int(rows[group]["samples"]) == sum(int(rows[NAMES[cls]]["samples"]) for cls in members)
+
+
+def test_counts_for_other_classes_are_refused(tmp_path: Path) -> None:
+    trainer = Trainer(callbacks=[PerClassTable(train_counts=[1, 2])], accelerator="cpu", logger=False, default_root_dir=tmp_path)
+    with pytest.raises(ValueError, match="train_counts has 2 entries, but there are 4 classes"):
+        trainer.test(Plain(), DataLoader(dataset(), batch_size=8), verbose=False)
+    with pytest.raises(ValueError, match="0 <= few <= many"):
+        PerClassTable(many=1, few=2)
+
+
 def test_fit_prints_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loader = DataLoader(dataset(), batch_size=8)
     make_trainer(tmp_path).fit(Plain(), loader, loader)

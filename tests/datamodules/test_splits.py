@@ -90,3 +90,16 @@ def test_what_is_kept_does_not_follow_what_was_held_out() -> None:
 def test_impossible_thinning(fraction: float) -> None:
     with pytest.raises(ValueError, match=r"train_fraction must lie in \(0, 1\]"):
         thin_out(SPLIT, LABEL, fraction)
+
+
+def test_a_long_tail_falls_exponentially_and_spares_what_has_no_label() -> None:
+    label = torch.arange(5).repeat_interleave(200)
+    label = torch.cat([label, torch.full((30,), -1)])
+    split = torch.zeros(len(label), dtype=torch.uint8)
+    split[::10] = TEST
+    kept = thin_out(split, label, 0.5, imbalance=100.0)
+    assert [int(((kept == TRAIN) & (label == cls)).sum()) for cls in range(5)] == [round(90 * 100 ** (-cls / 4)) for cls in range(5)]
+    assert int(((kept == TRAIN) & (label == -1)).sum()) == round(27 * 0.5)
+    assert torch.equal(kept == TEST, split == TEST)
+    with pytest.raises(ValueError, match="imbalance must be at least 1"):
+        thin_out(split, label, 1.0, imbalance=0.5)

@@ -529,7 +529,7 @@ def test_plain_loaders() -> None:
         ({"lr": -1.0}, "lr must be positive"),
         ({"lr": "fast"}, "lr must be positive"),
         ({"head": "knn", "lr": 0.1}, "learns nothing by gradient"),
-        ({"head": "class_means", "freeze": False}, "learns nothing by gradient"),
+        ({"head": "class_means", "freeze": False}, "takes the encoder as it is"),
         ({"freeze": False, "lr": "auto"}, "cannot be cached"),
         ({"encoder": "pointnet_furnitur"}, "did you mean pointnet_furniture"),
         ({"encoder": "missing.ckpt"}, "missing.ckpt does not exist"),

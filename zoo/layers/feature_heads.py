@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional.long_tail import tau_normalized
 from ..functional.nearest_neighbours import class_means, nearest_class_mean, nearest_neighbours
 from .knn_classifier import KNNClassifier
 
@@ -122,3 +123,55 @@ class ClassMeansHead(nn.Module):
     def ood_score(self, features: Tensor) -> Tensor:
         """1 - the largest cosine: `(B, D)` -> `(B,)`."""
         return 1 - self._cosine(features).amax(dim=1)
+
+
+class RescaledHead(nn.Module):
+    """A given linear classifier whose weights keep their directions and get other lengths: logit_c = s_c <w_c, f>, without a bias.
+
+    - tau given: s_c = 1 / ||w_c||^tau, and nothing is learned.
+    - tau None: learnable weight scaling, s starts at 1; train it on balanced classes.
+
+    Args:
+        num_features: D.
+        num_classes: C.
+        tau: exponent, or None to learn s.
+
+    Raises:
+        ValueError: if it is used before it has weights.
+
+    Example:
+        >>> head = RescaledHead(2, 2, tau=1.0)
+        >>> head.take(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        >>> head(torch.tensor([[1.0, 0.0]]))
+        tensor([[0.6000, 0.0000]])
+
+    Source:
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4.
+    """
+
+    weight: Tensor
+
+    def __init__(self, num_features: int, num_classes: int, tau: float | None) -> None:
+        super().__init__()
+        self.tau = tau
+        self.register_buffer("weight", torch.zeros(num_classes, num_features))
+        if tau is None:
+            self.scale = nn.Parameter(torch.ones(num_classes))
+
+    def take(self, weight: Tensor) -> None:
+        """Start from the weights `(C, D)` of a trained classifier."""
+        self.weight.copy_(weight.detach())
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features `(B, D)` -> logits `(B, C)`, in the precision of the weights, also under autocast."""
+        if not bool(self.weight.any()):
+            raise ValueError("the classifier has no weights to rescale: give an encoder that has a linear classifier of its own")
+        with torch.autocast(features.device.type, enabled=False):
+            features = features.to(self.weight.dtype)
+            if self.tau is not None:
+                return F.linear(features, tau_normalized(self.weight, self.tau))
+            return F.linear(features, self.weight) * self.scale
+
+    def ood_score(self, features: Tensor) -> Tensor:
+        """The energy -log sum_c exp(logit_c): `(B, D)` -> `(B,)`."""
+        return -self(features).logsumexp(dim=1)
