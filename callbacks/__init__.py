@@ -28,6 +28,7 @@ CALLBACKS = {
     "RelationPairsPlot": "relation_pairs_plot",
     "SAM": "sam",
     "SWA": "swa",
+    "SampleGrid": "sample_grid",
     "SnapshotEnsemble": "snapshot_ensemble",
     "StepSeed": "step_seed",
 }
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .per_class_table import PerClassTable as PerClassTable
     from .relation_pairs_plot import RelationPairsPlot as RelationPairsPlot
     from .sam import SAM as SAM
+    from .sample_grid import SampleGrid as SampleGrid
     from .snapshot_ensemble import SnapshotEnsemble as SnapshotEnsemble
     from .step_seed import StepSeed as StepSeed
     from .swa import SWA as SWA

@@ -16,6 +16,7 @@ MODELS = {
     "PointNetSegmenter": "pointnet_segmenter",
     "RelationalReasoning": "relational_reasoning",
     "SupConEncoder": "supcon",
+    "WGAN": "wgan",
 }
 _EXPORTS = {
     **MODELS,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .pretrained import save as save
     from .relational_reasoning import RelationalReasoning as RelationalReasoning
     from .supcon import SupConEncoder as SupConEncoder
+    from .wgan import WGAN as WGAN
 
 
 def __getattr__(name: str) -> Any:

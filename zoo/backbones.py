@@ -1,4 +1,4 @@
-"""Image encoders: timm's models, with a stem for small images where asked, the ResNets of CIFAR, and Conv-4."""
+"""Image encoders: timm's models, with a stem for small images where asked, the ResNets of CIFAR, also with soft thresholds, and Conv-4."""
 
 import difflib
 from collections.abc import Mapping
@@ -8,8 +8,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .layers.soft_threshold import SoftThreshold
+
 CIFAR_RESNETS = {"resnet8": 8, "resnet20": 20, "resnet32": 32, "resnet56": 56}
-_OWN = ("conv4", *CIFAR_RESNETS)
+# Depth, and whether the channels share their threshold.
+SHRINKAGE_RESNETS = {"rsnet20_cs": (20, True), "rsnet20_cw": (20, False)}
+_OWN = ("conv4", *CIFAR_RESNETS, *SHRINKAGE_RESNETS)
 _SMALL_IMAGE = 64  # stem "auto" is "small" up to here
 
 # timm's file of a model -> where its stem is, and the poolings that follow. Nets of the same file have the same attributes.
@@ -42,8 +46,8 @@ def resolve_backbone(backbone: str | Mapping[str, Any], in_channels: int = 3, im
     What a mapping says of itself wins over the arguments, so that a description that is resolved already gives itself.
 
     Args:
-        backbone: "conv4", "resnet8", "resnet20", "resnet32", "resnet56" or a name of `timm.list_models()`; or a mapping
-            with that `name` and, each optional, `stem`, `in_channels`, `image_size` and more arguments of
+        backbone: "conv4", "resnet8", "resnet20", "resnet32", "resnet56", "rsnet20_cs", "rsnet20_cw" or a name of
+            `timm.list_models()`; or a mapping with that `name` and, each optional, `stem`, `in_channels`, `image_size` and more arguments of
             `timm.create_model`, such as `drop_path_rate`. Stem "small" is for small images: 3 x 3, stride 1, no pooling;
             "original" is the one of the paper; "auto", the default, is "small" if `image_size` is at most 64 and there is
             a small stem for this model, which is so for ResNet and its kin, ConvNeXt, DenseNet, EfficientNet, MobileNet
@@ -130,6 +134,8 @@ def create_backbone(description: str | Mapping[str, Any], pretrained: bool = Fal
     if name in _OWN:
         if pretrained:
             raise ValueError(f"there are no pretrained weights of {name!r}: set pretrained to false")
+        if name in SHRINKAGE_RESNETS:
+            return ShrinkageResNet(*SHRINKAGE_RESNETS[name], in_channels)
         return Conv4(in_channels) if name == "conv4" else CifarResNet(CIFAR_RESNETS[name], in_channels)
 
     import timm
@@ -220,9 +226,7 @@ class _BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.padding))
-        return F.relu(out + x, inplace=True)
+        return F.relu(out + _option_a(x, self.stride, self.padding), inplace=True)
 
 
 class CifarResNet(nn.Module):
@@ -263,6 +267,73 @@ class CifarResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` -> `(B, 64)`."""
         return self.blocks(F.relu(self.bn1(self.conv1(images)), inplace=True)).mean(dim=(2, 3))
+
+
+class _ShrinkageBlock(nn.Module):
+    """F(x) + x, F twice BatchNorm, ReLU and 3 x 3 convolution, then a soft threshold; the shortcut is that of `_BasicBlock`."""
+
+    def __init__(self, narrow: int, wide: int, stride: int, shared: bool) -> None:
+        super().__init__()
+        self.stride = stride
+        self.padding = wide - narrow
+        self.bn1 = nn.BatchNorm2d(narrow)
+        self.conv1 = nn.Conv2d(narrow, wide, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(wide)
+        self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
+        self.shrink = SoftThreshold(wide, shared)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(F.relu(self.bn1(x), inplace=True))
+        out = self.shrink(self.conv2(F.relu(self.bn2(out), inplace=True)))
+        return out + _option_a(x, self.stride, self.padding)
+
+
+class ShrinkageResNet(nn.Module):
+    """Deep residual shrinkage network of the size of a CIFAR ResNet: every residual is shrunk by thresholds learned from it.
+
+    6n + 2 layers as in `CifarResNet`, in blocks with BatchNorm and ReLU before each convolution and a `SoftThreshold` after the
+    second; the layers that make the thresholds do not count.
+
+    Args:
+        depth: 6n + 2, such as 20.
+        shared: one threshold for all channels of a block (DRSN-CS) instead of one each (DRSN-CW).
+        in_channels: channels of the images.
+
+    Raises:
+        ValueError: if `depth` is not 6n + 2.
+
+    Example:
+        >>> ShrinkageResNet(20, shared=True)(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 64])
+
+    Source:
+        Zhao, Zhong, Fu & Pecht, "Deep Residual Shrinkage Networks for Fault Diagnosis", IEEE Transactions on Industrial Informatics
+        16(7), 2020; the sizes are those of He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    """
+
+    num_features = 64
+
+    def __init__(self, depth: int, shared: bool, in_channels: int = 3) -> None:
+        super().__init__()
+        if depth < 8 or depth % 6 != 2:
+            raise ValueError(f"the depth of a CIFAR ResNet is 6n + 2, such as 20, got {depth}")
+        self.conv1 = nn.Conv2d(in_channels, 16, 3, padding=1, bias=False)
+        blocks: list[nn.Module] = []
+        for narrow, wide in pairwise((16, 16, 32, 64)):
+            blocks.append(_ShrinkageBlock(narrow, wide, wide // narrow, shared))
+            blocks += [_ShrinkageBlock(wide, wide, 1, shared) for _ in range((depth - 2) // 6 - 1)]
+        self.blocks = nn.Sequential(*blocks)
+        self.bn = nn.BatchNorm2d(self.num_features)
+        _he_init(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` -> `(B, 64)`."""
+        return F.relu(self.bn(self.blocks(self.conv1(images))), inplace=True).mean(dim=(2, 3))
+
+
+def _option_a(x: Tensor, stride: int, padding: int) -> Tensor:
+    """The shortcut without parameters: subsampled, and padded with channels of zeros."""
+    return F.pad(x[:, :, ::stride, ::stride], (0, 0, 0, 0, 0, padding)) if padding else x
 
 
 def _he_init(module: nn.Module) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import Batch, input_and_label
+from .functional.classification import ClassWeights, make_class_weights
 from .functional.mixing import mix_images
 from .image_input import ImageInput
 from .layers.classification_metrics import classification_metrics
@@ -24,7 +25,8 @@ class ImageClassifier(LightningModule):
     Loss: mean_i -sum_c t_ic log p(c | x_i), with targets t_i = (1 - s) onehot(y_i) + s / C under label smoothing s. MixUp draws
     a ~ Beta(mixup, mixup) per batch and trains on a x_i + (1 - a) x_j with target a t_i + (1 - a) t_j, x_j another image of the
     batch; CutMix pastes a box of x_j that covers 1 - a of the image, a ~ Beta(cutmix, cutmix). With both, one of the two is
-    drawn per batch.
+    drawn per batch. With class weights w, both are those of torch's `cross_entropy`: the term of class c weighs w_c, and a batch without
+    mixing is divided by the sum of its w_{y_i}.
 
     Batches are `Batch` or `(images, label)`, images `(B, C, H, W)` float; a training batch may hold views `(B, V, C, H, W)`, which
     all count as images of their own. Logs loss and accuracy of training, and of validation and test also mean class
@@ -44,6 +46,10 @@ class ImageClassifier(LightningModule):
         mixup: parameter of MixUp's Beta distribution; 0 is off.
         cutmix: parameter of CutMix's Beta distribution; 0 is off.
         dropout: dropout before the linear layer, in [0, 1].
+        class_counts: training samples of each class; needed for class weights.
+        class_weights: "balanced" weighs classes inversely to their frequency, "effective" to their effective number of samples, see
+            `effective_number_weights`.
+        effective_beta: of the effective number, in [0, 1].
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
@@ -78,11 +84,14 @@ class ImageClassifier(LightningModule):
         mixup: float = 0.0,
         cutmix: float = 0.0,
         dropout: float = 0.0,
+        class_counts: list[int] | None = None,
+        class_weights: ClassWeights = "none",
+        effective_beta: float = 0.999,
         optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True),
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_classes, class_names, label_smoothing, mixup, cutmix, dropout)
+        _check_settings(num_classes, class_names, class_counts, label_smoothing, mixup, cutmix, dropout)
         self.image_input = ImageInput(in_channels, image_size, image_mean, image_std)
         description = self.image_input.resolve(backbone)
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "backbone", "pretrained"])
@@ -99,6 +108,10 @@ class ImageClassifier(LightningModule):
         self.backbone = self.image_input.create(description, pretrained)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(int(self.backbone.num_features), num_classes)  # type: ignore[arg-type]
+
+        # Not persistent: it belongs to the training data, weights files do not need it.
+        self.class_weight: Tensor | None
+        self.register_buffer("class_weight", make_class_weights(class_weights, class_counts, effective_beta), persistent=False)
 
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_metrics = classification_metrics(num_classes, "val/")
@@ -152,7 +165,7 @@ class ImageClassifier(LightningModule):
         key = batch.key if isinstance(batch, Batch) else None
         images, target = mix_images(images, label, self.num_classes, self.mixup, self.cutmix, key)
         logits = self(images)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.label_smoothing)
+        loss = F.cross_entropy(logits, target, self.class_weight, label_smoothing=self.label_smoothing)
         self.train_accuracy.update(logits.detach(), label)
         self.log("train/accuracy", self.train_accuracy, on_step=False, on_epoch=True, batch_size=len(label))
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
@@ -194,6 +207,7 @@ class ImageClassifier(LightningModule):
 def _check_settings(
     num_classes: int,
     class_names: list[str] | None,
+    class_counts: list[int] | None,
     label_smoothing: float,
     mixup: float,
     cutmix: float,
@@ -201,8 +215,9 @@ def _check_settings(
 ) -> None:
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
-    if class_names is not None and len(class_names) != num_classes:
-        raise ValueError(f"class_names has {len(class_names)} entries, but num_classes is {num_classes}")
+    for name, values in (("class_names", class_names), ("class_counts", class_counts)):
+        if values is not None and len(values) != num_classes:
+            raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
     for name, value, high in (
         ("label_smoothing", label_smoothing, 1.0),
         ("dropout", dropout, 1.0),

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
-from .functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
+from .functional.classification import ClassWeights, focal_cross_entropy, make_class_weights, orthogonality_penalty
 from .functional.points import Normalization, VoteBy, normalize_points, voting_views
+from .functional.views import log_mean_probability
 from .layers.classification_metrics import classification_metrics
 from .layers.modes import evaluating
 from .layers.pointwise import Maxima, PointwiseLayers, max_over_points
@@ -139,13 +140,15 @@ class PointNetClassifier(LightningModule):
     Args:
         num_classes: C.
         class_names: name of each class; kept with the weights.
-        class_counts: training samples of each class; needed for `class_weights="balanced"`.
+        class_counts: training samples of each class; needed for class weights.
         input_transform: align the points by a T-Net.
         feature_transform: align the features by a T-Net.
         dropout: dropout before the last layer; the paper keeps 0.7, that is 0.3.
         label_smoothing: in [0, 1].
         focal_gamma: focusing exponent of the focal loss; 0 is plain cross entropy.
-        class_weights: "balanced" weighs classes inversely to their frequency.
+        class_weights: "balanced" weighs classes inversely to their frequency, "effective" to their effective number of samples, see
+            `effective_number_weights`.
+        effective_beta: of the effective number, in [0, 1].
         orthogonality_weight: weight of the regulariser; the paper's 0.001.
         normalization: how clouds are normalised before they get here; `predict` applies it to raw clouds.
         votes: views of each test cloud whose probabilities are averaged; 1 takes the cloud as it is.
@@ -174,7 +177,8 @@ class PointNetClassifier(LightningModule):
         dropout: float = 0.3,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
-        class_weights: Literal["none", "balanced"] = "none",
+        class_weights: ClassWeights = "none",
+        effective_beta: float = 0.999,
         orthogonality_weight: float = 1e-3,
         normalization: Normalization = "unit_sphere",
         votes: int = 1,
@@ -183,7 +187,7 @@ class PointNetClassifier(LightningModule):
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: WarmupCosineLR(optimizer, warmup=0.05),
     ) -> None:
         super().__init__()
-        _check_settings(num_classes, class_names, class_counts, dropout, label_smoothing, focal_gamma, class_weights)
+        _check_settings(num_classes, class_names, class_counts, dropout, label_smoothing, focal_gamma)
         if votes < 1:
             raise ValueError(f"votes must be at least 1, got {votes}")
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler"])
@@ -199,10 +203,9 @@ class PointNetClassifier(LightningModule):
 
         self.backbone = PointNet(input_transform, feature_transform)
         self.head = nn.Sequential(mlp(self.backbone.num_features, 512, 256), nn.Dropout(dropout), nn.Linear(256, num_classes))
-        weight = class_balanced_weights(class_counts) if class_weights == "balanced" and class_counts is not None else None
         # Not persistent: it belongs to the training data, weights files do not need it.
         self.class_weight: Tensor | None
-        self.register_buffer("class_weight", weight, persistent=False)
+        self.register_buffer("class_weight", make_class_weights(class_weights, class_counts, effective_beta), persistent=False)
 
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_metrics = classification_metrics(num_classes, "val/")
@@ -234,12 +237,13 @@ class PointNetClassifier(LightningModule):
         groups = [clouds if clouds.dim() == 3 else clouds.unsqueeze(0)] if isinstance(clouds, Tensor) else [c.unsqueeze(0) for c in clouds]
         with evaluating(self):
             normalized = [normalize_points(group.to(self.device, torch.float32), self.normalization) for group in groups]
-            return torch.cat([self._vote(group, votes, vote_by) for group in normalized])
+            return torch.cat([self._vote(group, votes, vote_by).float().softmax(dim=1) for group in normalized])
 
     def _vote(self, points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
-        """Probabilities `(B, C)` of clouds `(B, N, 3)`, their mean over the views."""
+        """Logits `(B, C)` of clouds `(B, N, 3)`; with several views, those of their mean probability."""
         views = voting_views(points, votes, vote_by)
-        return self(views.flatten(0, 1)).float().softmax(dim=1).view(len(points), votes, -1).mean(dim=1)
+        logits: Tensor = self(views.flatten(0, 1))
+        return logits if votes == 1 else log_mean_probability(logits.view(len(points), votes, -1), dim=1)
 
     def _output(self, points: Tensor) -> PointNetOutput:
         if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
@@ -269,7 +273,7 @@ class PointNetClassifier(LightningModule):
 
     def _evaluate(self, batch: Any, stage: Literal["val", "test"]) -> dict[str, Tensor]:
         points, label = input_and_label(batch)
-        logits = self(points) if stage == "val" or self.votes == 1 else self._vote(points, self.votes, self.vote_by).log()
+        logits = self(points) if stage == "val" else self._vote(points, self.votes, self.vote_by)
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
         self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
@@ -294,7 +298,7 @@ class PointNetClassifier(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Probabilities `(B, C)`; the clouds of a DataModule are normalised already."""
         points = batch if isinstance(batch, Tensor) else input_and_label(batch)[0]
-        return self._vote(points, self.votes, self.vote_by)
+        return self._vote(points, self.votes, self.vote_by).float().softmax(dim=1)
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
@@ -307,17 +311,12 @@ def _check_settings(
     dropout: float,
     label_smoothing: float,
     focal_gamma: float,
-    class_weights: str,
 ) -> None:
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     for name, values in (("class_names", class_names), ("class_counts", class_counts)):
         if values is not None and len(values) != num_classes:
             raise ValueError(f"{name} has {len(values)} entries, but num_classes is {num_classes}")
-    if class_weights not in ("none", "balanced"):
-        raise ValueError(f"class_weights must be 'none' or 'balanced', got {class_weights!r}")
-    if class_weights == "balanced" and class_counts is None:
-        raise ValueError("class_weights='balanced' needs class_counts: the training samples of each class")
     for name, value, low, high in (
         ("dropout", dropout, 0, 1),
         ("label_smoothing", label_smoothing, 0, 1),

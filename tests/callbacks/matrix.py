@@ -418,4 +418,5 @@ ELSEWHERE = {
     "CriticalPointsPlot": "test_critical_points_plot.py",
     "PartPlot": "test_part_plot.py",
     "RelationPairsPlot": "test_relation_pairs_plot.py",
+    "SampleGrid": "test_sample_grid.py",
 }

@@ -105,7 +105,7 @@ def test_every_recipe_has_a_sentence_and_sets_the_epochs() -> None:
         (["fit", "--config", "RECIPE", "--model.hiden", "3"], "--model.hiden is not an option"),
         (["fit", "--config", "RECIPE", "--model.optimizer", "SGDD"], "did you mean SGD"),
         (["fit", "--config", "RECIPE", "--trainer.callbacks+=ConfusionMatrixPlott"], "did you mean ConfusionMatrixPlot"),
-        (["fit", "--config", "RECIPE", "--model.class_weights", "even"], "'none', 'balanced', got even"),
+        (["fit", "--config", "RECIPE", "--model.class_weights", "even"], "'none', 'balanced', 'effective', got even"),
         (["fit", "--config", "RECIPE", "--model.label_smoothing", "1.5"], "label_smoothing must lie in [0, 1], got 1.5"),
         (["fit", "--config", "RECIPE", "--model.num_classes", "9"], "num_classes 9 disagrees with the data, whose num_classes is 3"),
         (["fit", "--config", "RECIPE", "--data.batch_size", "1e2x"], "--data.batch_size: expected int, got 1e2x"),

@@ -154,7 +154,7 @@ def test_batch_of_one_is_refused_only_in_training() -> None:
         ({"class_names": ["a"]}, "class_names has 1 entries, but num_classes is 5"),
         ({"class_counts": [1, 2]}, "class_counts has 2 entries"),
         ({"class_weights": "balanced"}, "needs class_counts"),
-        ({"class_weights": "sqrt"}, "'none' or 'balanced', got 'sqrt'"),
+        ({"class_weights": "sqrt"}, "one of none, balanced, effective; got 'sqrt'"),
         ({"dropout": 1.5}, "dropout must lie in"),
         ({"label_smoothing": -0.1}, "label_smoothing must lie in"),
         ({"focal_gamma": -1.0}, "focal_gamma must lie in"),

@@ -63,7 +63,7 @@ def read_checkpoint(path: Path, to_resume: bool = True) -> dict[str, Any]:
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:
-    """The `last` or `best` checkpoint of the newest run in a folder that has one.
+    """The `last` or `best` checkpoint of the newest run in a folder that has one; the last is the best if nothing was to choose by.
 
     Args:
         folder: `ROOT/NAME`.
@@ -81,6 +81,9 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     if which == "last":
         return last
     states = read_checkpoint(last)["callbacks"].values()
+    kept = [state for state in states if "best_model_path" in state]
+    if kept and all(state.get("monitor") is None for state in kept):
+        return last
     names = [Path(state["best_model_path"]).name for state in states if state.get("monitor") and state.get("best_model_path")]
     # By its name: the run's folder may have been moved since.
     if names and (last.parent / names[0]).is_file():

@@ -159,9 +159,11 @@ class LitzooCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self._settings()
-        monitor = getattr(locate(settings.model.class_path), "checkpoint_monitor", None)
-        if monitor is not None and settings.checkpoint.monitor == _MONITOR:  # a model without that loss says what to go by
-            settings.checkpoint.monitor, settings.checkpoint.mode = monitor, "min" if monitor.endswith("loss") else "max"
+        monitor = getattr(locate(settings.model.class_path), "checkpoint_monitor", _MONITOR)
+        if settings.checkpoint.monitor == _MONITOR:  # a model without that loss says what to go by, or None: the newest is the best
+            settings.checkpoint.monitor = monitor
+            if monitor is not None and not monitor.endswith("loss"):
+                settings.checkpoint.mode = "max"
         init_args = settings.model.get("init_args") or {}
         self._given = {name: init_args.get(name) for name in LINKS if self._by_hand(name)}
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()

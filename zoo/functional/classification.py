@@ -1,10 +1,14 @@
 """Losses and tables for classification."""
 
+import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+ClassWeights = Literal["none", "balanced", "effective"]
 
 
 def class_balanced_weights(class_counts: Sequence[int] | Tensor) -> Tensor:
@@ -25,11 +29,80 @@ def class_balanced_weights(class_counts: Sequence[int] | Tensor) -> Tensor:
         >>> class_balanced_weights([30, 10])
         tensor([0.6667, 2.0000])
     """
+    counts = _checked_counts(class_counts)
+    weights = counts.sum() / (len(counts) * counts.clamp_min(1.0))
+    return torch.where(counts > 0, weights, 0.0).float()
+
+
+def effective_number_weights(class_counts: Sequence[int] | Tensor, beta: float = 0.999) -> Tensor:
+    """Weights inversely proportional to the effective number of samples, w_c proportional to (1 - beta) / (1 - beta^n_c).
+
+    A new sample adds the less, the more there are: E_n = 1 + beta + ... + beta^(n - 1) = (1 - beta^n) / (1 - beta). With beta = 0
+    every class weighs the same; beta = 1 is the limit, the inverse frequency. Scaled so that the weights of the classes with samples
+    have mean 1. Exact for beta close to 1, where 1 - beta^n would cancel, and for any counts.
+
+    Args:
+        class_counts: number of training samples of each of the C classes.
+        beta: in [0, 1]; (N - 1) / N says that a class has at most N samples that are unlike each other. The paper tries 0.9 to 0.9999.
+
+    Returns:
+        `(C,)` float32; a class without samples gets 0.
+
+    Raises:
+        ValueError: if no class has samples, a count is negative, or beta is out of range.
+
+    Example:
+        >>> effective_number_weights([1, 2], beta=0.5)  # effective numbers 1 and 1.5
+        tensor([1.2000, 0.8000])
+
+    Source:
+        Cui, Jia, Lin, Song & Belongie, "Class-Balanced Loss Based on Effective Number of Samples", CVPR 2019, equation 2 and section 4.
+    """
+    counts = _checked_counts(class_counts)
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    present = counts > 0
+    # log1p and expm1 keep the digits that 1 - beta^n loses.
+    rest = 1.0 - beta
+    effective = counts if rest == 0 else torch.expm1(counts * (math.log1p(-rest) if rest < 1 else -math.inf)) / -rest
+    weights = torch.where(present, 1 / effective, 0.0)
+    return (weights * (present.sum() / weights.sum())).float()
+
+
+def make_class_weights(kind: ClassWeights, class_counts: Sequence[int] | None, beta: float = 0.999) -> Tensor | None:
+    """The class weights that a classifier's settings ask for.
+
+    Args:
+        kind: "none", "balanced" (`class_balanced_weights`) or "effective" (`effective_number_weights`).
+        class_counts: number of training samples of each of the C classes; None is for "none" alone.
+        beta: of the effective number.
+
+    Returns:
+        `(C,)` float32, or None.
+
+    Raises:
+        ValueError: if there is no such kind, the counts are missing or impossible, or beta is out of range.
+
+    Example:
+        >>> make_class_weights("balanced", [30, 10])
+        tensor([0.6667, 2.0000])
+    """
+    if kind not in get_args(ClassWeights):
+        raise ValueError(f"class_weights must be one of {', '.join(get_args(ClassWeights))}; got {kind!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta must lie in [0, 1], got {beta}")
+    if kind == "none":
+        return None
+    if class_counts is None:
+        raise ValueError(f"class_weights={kind!r} needs class_counts: the training samples of each class")
+    return class_balanced_weights(class_counts) if kind == "balanced" else effective_number_weights(class_counts, beta)
+
+
+def _checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
     if counts.numel() == 0 or (counts < 0).any() or counts.sum() == 0:
         raise ValueError(f"class_counts must be counts of samples with at least one above 0, got {counts.tolist()}")
-    weights = counts.sum() / (len(counts) * counts.clamp_min(1.0))
-    return torch.where(counts > 0, weights, 0.0).float()
+    return counts
 
 
 def focal_cross_entropy(
