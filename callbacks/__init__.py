@@ -31,6 +31,7 @@ CALLBACKS = {
     "SampleGrid": "sample_grid",
     "SnapshotEnsemble": "snapshot_ensemble",
     "StepSeed": "step_seed",
+    "TestTimeAugmentation": "test_time_augmentation",
 }
 # Functions that stand beside a callback.
 _FUNCTIONS = {"average_checkpoints": "swa", "discriminative_param_groups": "discriminative_lr"}
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from .step_seed import StepSeed as StepSeed
     from .swa import SWA as SWA
     from .swa import average_checkpoints as average_checkpoints
+    from .test_time_augmentation import TestTimeAugmentation as TestTimeAugmentation
 
 
 def __getattr__(name: str) -> Any:

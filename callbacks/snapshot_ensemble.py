@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
+from ..zoo.functional.views import log_mean_probability
 from .guards import refuse, refuse_manual_optimization, refuse_sharded, refuse_together
 from .predictions import output_folder
 
@@ -231,8 +232,7 @@ class SnapshotEnsemble(Callback):
             self._called = True
             # The weights of every place are given, and tying would leave modules that occur twice with the snapshot's weights.
             outputs = (functional_call(caller, weights, args, kwargs, tie_weights=False) for weights in members)
-            scores = torch.stack([_log_probabilities(pl_module, output) for output in outputs])
-            return scores.logsumexp(dim=0) - math.log(len(members))
+            return log_mean_probability(torch.stack([_checked_logits(pl_module, output) for output in outputs]))
 
         self._called = False
         # Something else may have replaced it before, such as torch.compile.
@@ -298,9 +298,9 @@ def _places_of_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _log_probabilities(module: LightningModule, output: Any) -> Tensor:
+def _checked_logits(module: LightningModule, output: Any) -> Tensor:
     is_logits = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2 and output.shape[1] > 1
     if not is_logits:
         found = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"SnapshotEnsemble averages logits (batch, classes), but the forward of {type(module).__name__} gives {found}")
-    return output.to(torch.promote_types(output.dtype, torch.float32)).log_softmax(dim=1)
+    return output

@@ -204,6 +204,8 @@ def _wants_batches(callback: Any) -> bool:
     names = {base.__name__ for base in type(callback).__mro__}
     if names & _TUNERS or getattr(callback, "_every_n_train_steps", 0) > 0:  # a ModelCheckpoint within an epoch
         return True
+    if "TestTimeAugmentation" in names and callback.validation:  # views of what is validated have no features yet
+        return True
     # Against the base class that it has, because `pytorch_lightning` has one of its own.
     base = next((base for base in type(callback).__mro__ if base.__name__ == "Callback"), Callback)
     return not names & _OBSERVERS and any(getattr(type(callback), hook) is not getattr(base, hook) for hook in _BATCH_HOOKS)

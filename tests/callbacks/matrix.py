@@ -412,6 +412,7 @@ ROWS: dict[str, Row] = {
         reason={"manual": "no learning rate to take over", "optimizers": "no learning rate to take over"},
     ),
     "StepSeed": Row(lambda: callbacks.StepSeed(1)),
+    "TestTimeAugmentation": Row(lambda: callbacks.TestTimeAugmentation([torch.neg])),
 }
 # Callbacks that refuse every module but one kind, and what holds them to the same conditions.
 ELSEWHERE = {

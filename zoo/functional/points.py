@@ -166,9 +166,43 @@ def voting_views(points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
         return points.unsqueeze(1)
     if vote_by == "yaw":
         angle = torch.arange(votes, device=points.device, dtype=points.dtype) * (2 * math.pi / votes)
-        cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-        turn = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], dim=-1).view(votes, 3, 3)
-        return points.unsqueeze(1) @ turn.mT
-    half = -(-points.shape[1] // 2)
-    order = random_order(fold_in(0, torch.arange(votes, device=points.device)), points.shape[1])[:, :half]
-    return points[:, order]
+        return turn_about_y(points.unsqueeze(1), angle)
+    return points[:, half_order(torch.arange(votes, device=points.device), points.shape[1])]
+
+
+def turn_about_y(points: Tensor, angle: Tensor) -> Tensor:
+    """Turn points about the vertical y axis: x' = x cos a + z sin a, z' = z cos a - x sin a.
+
+    Args:
+        points: `(..., N, 3)` float.
+        angle: a in radians, float, of a shape that broadcasts with `...`.
+
+    Returns:
+        `(..., N, 3)` of the type of the points.
+
+    Example:
+        >>> turn_about_y(torch.tensor([[0.0, 0.0, 1.0]]), torch.tensor(math.pi / 2)).round()
+        tensor([[1., 0., -0.]])
+    """
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    turn = torch.stack([cos, zero, sin, zero, one, zero, -sin, zero, cos], dim=-1).unflatten(-1, (3, 3)).to(points.dtype)
+    # Under somebody's autocast the coordinates would be rounded to half precision.
+    with torch.autocast(points.device.type, enabled=False):
+        return points @ turn.mT
+
+
+def half_order(number: Tensor, length: int) -> Tensor:
+    """Which points fixed random halves of a cloud hold.
+
+    Args:
+        number: `(...)` int64, which halves.
+        length: N, points of a cloud.
+
+    Returns:
+        `(..., ceil(N / 2))` int64, none of them twice in a half.
+
+    Example:
+        >>> half_order(torch.arange(4), 9).shape
+        torch.Size([4, 5])
+    """
+    return random_order(fold_in(0, number), length)[..., : -(-length // 2)]
