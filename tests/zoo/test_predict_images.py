@@ -16,8 +16,7 @@ from PIL import Image
 import litzoo
 from litzoo.datamodules.pictures import decode_picture
 from litzoo.zoo import ImageClassifier, InstanceDiscrimination, LogisticRegression, PointNetClassifier
-from litzoo.zoo.cli import main
-from litzoo.zoo.cli import predict as predict_module
+from litzoo.zoo.cli import main, sources
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.2, 0.2]
 
@@ -176,7 +175,7 @@ def test_not_all_are_held_in_memory(weights: Path, here: Path, monkeypatch: pyte
     assert sizes == [2, 2, 1, 2, 2, 1]
     # Large pictures are classified in smaller batches.
     sizes.clear()
-    monkeypatch.setattr(predict_module, "_PIXELS", 2 * 20 * 24)
+    monkeypatch.setattr(sources, "_PIXELS", 2 * 20 * 24)
     rows = classify(weights, *files, "--batch-size", "4")
     assert sizes == [2, 2, 1, 2, 2, 1]
     assert [row["index"] for row in rows] == [0] * 5 + [0, 1, 2, 3, 4]
