@@ -13,6 +13,7 @@ COMMANDS = {
     "predict": "classify pictures, meshes or point clouds: litzoo predict chair.obj --model pointnet_furniture",
     "embed": "features of a data set in an HDF5 file: litzoo embed --model best.ckpt --config instdisc_digits --output features.h5",
     "show": "pictures of data, augmented views, critical points and embeddings: litzoo show data --config pointnet_furniture",
+    "clean": "find wrong labels: litzoo clean --config classifier_digits --output cleaning",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }
@@ -120,6 +121,14 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from .show import show
 
         return show(arguments)
+    if command == "clean":
+        if {"-h", "--help"} & set(arguments):
+            from .quick_help import skip_optional_imports
+
+            skip_optional_imports()
+        from .clean import clean
+
+        return clean(resolve_recipes(arguments))
     if command == "export":
         from .export import export
 

@@ -1,0 +1,497 @@
+"""Wrong labels found by K-fold ensembles: models trained on some folds judge the labels of the others."""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import signal
+import threading
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from .batch import Batch
+from .functional.label_cleaning import LabelTable, assign_folds, fuse, judge_labels, mean_probabilities
+from .functional.random import fold_in
+
+Scheme = Literal["train_on_one", "leave_one_out"]
+Filter = Literal[
+    "prune_by_noise_rate",
+    "prune_by_class",
+    "both",
+    "confident_learning",
+    "predicted_neq_given",
+    "low_normalized_margin",
+    "low_self_confidence",
+]
+SPLITS = ("train", "val", "test")
+# As in the data: what trains, and what nobody reads.
+_TRAIN, _UNUSED = 0, 3
+# Numbers that keep the streams of one seed apart.
+_MODEL, _VIEW = 22, 23
+# A model is its last weights, and nothing that validates, logs or saves sees the samples that it is to judge.
+_SILENT: dict[str, Any] = {
+    "limit_val_batches": 0,
+    "num_sanity_val_steps": 0,
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
+@dataclass(frozen=True)
+class CleaningResult:
+    """What an ensemble says of the labels of N samples.
+
+    Attributes:
+        index: `(N,)` int64, the number of each sample in its data set, ascending.
+        fold: `(N,)` int64 in [0, K).
+        label: `(N,)` int64, the given labels.
+        probabilities: `(K, N, C)` float32, of each round, fused over models and views; NaN where a round says nothing about a sample.
+        table: votes, proposals and probabilities; its `review` goes by votes.
+        review: `(N,)` bool, the samples to review: those of the table, or of cleanlab's filter where one was asked for.
+        class_names: C names.
+    """
+
+    index: Tensor
+    fold: Tensor
+    label: Tensor
+    probabilities: Tensor
+    table: LabelTable
+    review: Tensor
+    class_names: list[str]
+
+
+def clean_labels(
+    make_model: Callable[[Any], LightningModule],
+    datamodule: Any,
+    make_trainer: Callable[..., Trainer] = Trainer,
+    output: str | os.PathLike[str] | None = None,
+    folds: int = 5,
+    scheme: Scheme = "train_on_one",
+    num_models: int = 1,
+    views: int = 1,
+    weights: Tensor | None = None,
+    threshold: float = 0.0,
+    min_flags: int | None = None,
+    filter_by: Filter | None = None,
+    splits: Sequence[str] = ("train",),
+    seed: int = 0,
+    jobs: int = 1,
+    recipe: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] | None = print,
+) -> CleaningResult:
+    """Judge the labels of a data set by models that were not trained on them.
+
+    The samples are dealt out to K stratified folds. In round k of "train_on_one", `num_models` models that differ in their seeds are
+    trained on fold k alone and predict the K - 1 others, so that each label gets K - 1 votes of weak models that share no training
+    sample. In round k of "leave_one_out" they are trained on the K - 1 others and predict fold k: one vote of strong models. Models and
+    views are fused by `fuse`; a round doubts a label by the rule of `label_votes`; `judge_labels` decides. A round whose training part
+    lacks a class says nothing about samples with that label.
+
+    Each trained model leaves its logits in `output`; with the same settings and data, a later call trains only what is missing, and may
+    change `num_models`, `weights`, `threshold`, `min_flags` and `filter_by`. Nothing is validated, and the last weights predict. Random
+    streams, seeds and the splits of the data are afterwards as they were.
+
+    Args:
+        make_model: datamodule -> a new model whose `forward` gives logits `(B, C)`; called with the split of the round, so that
+            `num_train` and `class_counts` are its own.
+        datamodule: an `ArrayDataModule`.
+        make_trainer: keyword arguments -> a new trainer, such as `partial(Trainer, max_epochs=5)`; the arguments that it gets switch
+            validation, logging and checkpoints off.
+        output: folder of the predictions; None keeps nothing.
+        folds: K.
+        scheme: what a round trains on.
+        num_models: N, models in a round.
+        views: V; 1 predicts the plain samples, more predict that many augmented views, as training makes them, of keys (seed, view, sample).
+        weights: `(N, V)` weights of models and views in the fusion; None weighs all alike.
+        threshold: below which the probability of a label is too low; 0 doubts by the largest probability alone.
+        min_flags: how many rounds must doubt a label; None: more than half of its votes.
+        filter_by: cleanlab's filter, to choose the samples to review by the mean probabilities instead of by votes.
+        splits: "train", "val" and "test", whichever are to be cleaned; all their labelled samples take part, and no others.
+        seed: of folds, models and views.
+        jobs: processes, which train a model each and share torch's threads; arguments must then be picklable by cloudpickle.
+        recipe: settings that identify models and trainers; a folder made with others is refused. Change it when `make_model` changes.
+        report: gets a line of progress now and then; None is silent.
+
+    Returns:
+        The verdicts.
+
+    Raises:
+        ValueError: if a setting is out of range, there are no labels or only one class, a model gives other than finite logits `(B, C)`,
+            `output` was made with other settings or data, or cleanlab is needed and not installed.
+    Example:
+        >>> data = DigitsDataModule()
+        >>> make = lambda data: ImageClassifier(data.num_classes, backbone="conv4", in_channels=1)
+        >>> clean_labels(make, data, partial(Trainer, max_epochs=3), folds=3).table.review.sum()
+
+    Source:
+        Northcutt, Jiang & Chuang, "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR 2021 (leave_one_out and filters).
+    """
+    say = report or (lambda line: None)
+    if scheme not in get_args(Scheme):
+        raise ValueError(f"scheme must be one of {', '.join(get_args(Scheme))}; got {scheme!r}")
+    for name, number in (("num_models", num_models), ("views", views), ("jobs", jobs)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    if views > 1 and not datamodule.augments:
+        raise ValueError(
+            f"{views} views would be alike, as {type(datamodule).__name__} does not augment: give it an augmentation, or 1 view"
+        )
+    if weights is not None and tuple(weights.shape) != (num_models, views):
+        raise ValueError(f"weights must have shape (models, views) = ({num_models}, {views}), got {tuple(weights.shape)}")
+    if filter_by is not None:
+        _find_label_issues(filter_by)  # refused before any work is done
+    index = _labelled(datamodule, splits, say)
+    label = datamodule.arrays.label[index]
+    fold = assign_folds(label, folds, seed)
+    # Of rules that would be refused after all the work.
+    votes = folds - 1 if scheme == "train_on_one" else 1
+    judge_labels(torch.zeros(votes, 1, 1), label[:1] * 0, threshold, min_flags)
+    _tell_small_classes(label, datamodule.class_names, folds, scheme, say)
+
+    identity: dict[str, Any] = {"samples": _hash_samples(datamodule, index), "scheme": scheme, "folds": folds, "views": views, "seed": seed}
+    # Written out now, so that nobody can change it later.
+    settings = json.dumps({**identity, **(recipe or {})}, indent=1, default=str)
+    with TemporaryDirectory() as temporary:
+        work = _Work(make_model, datamodule, make_trainer, Path(output or temporary), index, fold, scheme, views, seed, settings)
+        with _only_user(work.output, settings):
+            _train_missing(work, folds, num_models, jobs, say)
+            fused = [_fused(work, number, num_models, weights, datamodule.num_classes) for number in range(folds)]
+    probabilities = torch.stack(fused)
+    table = judge_labels(probabilities, label, threshold, min_flags)
+    review = table.review if filter_by is None else find_issues(mean_probabilities(probabilities), label, filter_by)
+    return CleaningResult(index, fold, label, probabilities, table, review, list(datamodule.class_names))
+
+
+def find_issues(probabilities: Tensor, label: Tensor, filter_by: Filter = "prune_by_noise_rate") -> Tensor:
+    """Labels that cleanlab's filter takes for wrong.
+
+    Args:
+        probabilities: `(N, C)` out-of-sample probabilities; samples with NaN are never found.
+        label: `(N,)` int64 in [0, C).
+        filter_by: of `cleanlab.filter.find_label_issues`.
+
+    Returns:
+        `(N,)` bool.
+
+    Raises:
+        ValueError: if there is no such filter, or cleanlab is not installed.
+
+        >>> find_issues(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1]]), torch.tensor([0, 1, 1])).shape
+        torch.Size([3])
+
+    Source:
+        Northcutt, Jiang & Chuang, "Confident Learning: Estimating Uncertainty in Dataset Labels", JAIR 2021.
+    """
+    find = _find_label_issues(filter_by)
+    known = ~probabilities.isnan().any(dim=1)
+    found = torch.zeros(len(label), dtype=torch.bool)
+    classes, dense = label[known].unique(return_inverse=True)
+    if len(classes) < 2:
+        return found
+    # It wants every class to have samples; those without have no labels to be wrong.
+    part = probabilities[known][:, classes].double()
+    part = part / part.sum(dim=1, keepdim=True).clamp_min(1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found[known] = torch.from_numpy(np.asarray(find(dense.numpy(), part.numpy(), filter_by=filter_by, n_jobs=1)))
+    return found
+
+
+# The samples
+
+
+def _labelled(datamodule: Any, splits: Sequence[str], say: Callable[[str], None]) -> Tensor:
+    """Numbers of the labelled samples of some splits, ascending."""
+    unknown = [name for name in splits if name not in SPLITS]
+    if unknown or not splits:
+        raise ValueError(f"splits must be of {', '.join(SPLITS)}; got {', '.join(splits) or 'none'}")
+    name, arrays = " and ".join(dict.fromkeys(splits)), datamodule.arrays
+    index = torch.isin(arrays.split, torch.tensor([SPLITS.index(each) for each in splits], dtype=arrays.split.dtype)).nonzero().squeeze(1)
+    known = arrays.label[index] >= 0
+    if len(index) == 0:
+        raise ValueError(f"{type(datamodule).__name__} has no {name} samples: clean another split")
+    if not known.any():
+        raise ValueError(f"none of the {len(index):,} {name} samples of {type(datamodule).__name__} has a label: there is nothing to clean")
+    if not known.all():
+        say(f"{int((~known).sum()):,} of {len(index):,} {name} samples have no label and are left out")
+    index = index[known]
+    if len(arrays.label[index].unique()) < 2:
+        cls = datamodule.class_names[int(arrays.label[index[0]])]
+        raise ValueError(f"all {len(index):,} labelled {name} samples are of the class {cls}: cleaning needs at least 2 classes")
+    return index
+
+
+def _tell_small_classes(label: Tensor, names: Sequence[str], folds: int, scheme: Scheme, say: Callable[[str], None]) -> None:
+    """Rounds say nothing about a class that their training part lacks; a class of one sample trains no round that judges it."""
+    classes, counts = label.unique(return_counts=True)
+    least = folds if scheme == "train_on_one" else 2
+    small = classes[counts < least].tolist()
+    if small:
+        listed = ", ".join(f"{names[cls]} ({int(counts[classes == cls])})" for cls in small[:5]) + (" ..." if len(small) > 5 else "")
+        say(
+            f"{len(small)} of {len(classes)} classes have fewer samples than {least}: {listed}; rounds that train without a class say nothing "
+            "about its labels: use fewer folds for more votes"
+        )
+
+
+def _hash_samples(datamodule: Any, index: Tensor) -> str:
+    """Of the samples' numbers, all their labels, and some of their inputs."""
+    some = index[torch.linspace(0, len(index) - 1, min(len(index), 64)).long()]
+    digest = hashlib.sha256(index.numpy().tobytes())
+    digest.update(datamodule.arrays.label[index].numpy().tobytes())
+    digest.update(datamodule.arrays.input[some].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _only_user(output: Path, settings: str) -> Iterator[None]:
+    """Work in a folder that nobody else works in, and that was not made with other settings."""
+    from filelock import FileLock, Timeout
+
+    output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / ".lock", timeout=0):
+            _check_settings(output, settings)
+            yield
+    except Timeout as error:
+        raise ValueError(f"another process cleans labels in {output}: wait for it, or give another output folder") from error
+
+
+def _check_settings(output: Path, settings: str) -> None:
+    path = output / "settings.json"
+    if not path.is_file():
+        return
+    before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(settings)
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed == ["samples"]:
+        raise ValueError(f"{output} was made of other samples or labels: give another output folder")
+    if changed:
+        name = next(each for each in changed if each != "samples")
+        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
+        raise ValueError(
+            f"{output} was made with {name} {before.get(name)}, now it is {now.get(name)}{more}: give the same settings, or another output "
+            "folder"
+        )
+
+
+# The rounds
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a process needs to train and use a model of a round."""
+
+    make_model: Callable[[Any], LightningModule]
+    datamodule: Any
+    make_trainer: Callable[..., Trainer]
+    output: Path
+    index: Tensor
+    fold: Tensor
+    scheme: Scheme
+    views: int
+    seed: int
+    settings: str  # JSON
+
+    @property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
+
+    def path(self, number: int, model: int) -> Path:
+        return self.output / "predictions" / f"round_{number + 1}_model_{model + 1}.npz"
+
+    def trains(self, number: int) -> Tensor:
+        """`(N,)` bool: which samples a round trains on; it predicts the others."""
+        return (self.fold == number) if self.scheme == "train_on_one" else (self.fold != number)
+
+    def read(self, number: int, model: int) -> Tensor | None:
+        """Logits `(V, n, C)` of the samples that a round predicts; None where there are none of these settings."""
+        try:
+            with np.load(self.path(number, model), allow_pickle=False) as file:
+                whole = str(file["fingerprint"]) == self.fingerprint and file["logits"].shape[1] == int((~self.trains(number)).sum())
+                return torch.from_numpy(file["logits"]) if whole else None
+        except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def try_out(self) -> None:
+        """Refuse what is no classifier before it is trained."""
+        with _untouched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self._predict(self.make_model(self.datamodule), torch.device("cpu"), self.index[:2])
+
+    def write_settings(self) -> None:
+        from .plots.exchange import write_file
+
+        write_file(self.output / "settings.json", self.settings.encode())
+
+    def run(self, number: int, model: int) -> None:
+        """Train a model and write its logits."""
+        from .plots.exchange import write_file
+
+        logits = self._logits(number, model)
+        content = io.BytesIO()
+        np.savez(content, logits=logits.numpy(), index=self.index[~self.trains(number)].numpy(), fingerprint=self.fingerprint)
+        write_file(self.path(number, model), content.getvalue())
+
+    def _logits(self, number: int, model: int) -> Tensor:
+        data, trains = self.datamodule, self.trains(number)
+        before = data.arrays.split
+        split = torch.full_like(before, _UNUSED)
+        split[self.index[trains]] = _TRAIN
+        with _untouched(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                data.reassign(split=split)
+                seed_everything(int(fold_in(self.seed, _MODEL, number, model)) & 0x7FFFFFFF, verbose=False)
+                module = self.make_model(data)
+                trainer = self.make_trainer(**_SILENT)
+                try:
+                    trainer.fit(module, datamodule=data)
+                except SystemExit:
+                    if trainer.interrupted:  # how Lightning ends on Ctrl-C
+                        raise KeyboardInterrupt from None
+                    raise
+                logits = self._predict(module, trainer.strategy.root_device, self.index[~trains])
+            finally:
+                data.trainer = None
+                data.reassign(split=before)
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"model {model + 1} of round {number + 1} gives outputs that are not finite: its training diverged, lower the learning rate"
+            )
+        return logits
+
+    @torch.no_grad()
+    def _predict(self, module: LightningModule, device: torch.device, index: Tensor) -> Tensor:
+        data, arrays = self.datamodule, self.datamodule.arrays
+        module.to(device).eval()
+        dtype = next((weight.dtype for weight in module.parameters() if weight.is_floating_point()), torch.float32)
+        rows: list[list[Tensor]] = [[] for _ in range(self.views)]
+        for view in range(self.views):
+            for part in index.split(data.eval_batch_size):
+                key = None if self.views == 1 else fold_in(self.seed, _VIEW, view, part).to(device)
+                parts = None if arrays.part is None else arrays.part[part].long().to(device)
+                batch = Batch(arrays.input[part].to(device), arrays.label[part].to(device), part.to(device), parts, key)
+                inputs = data.transform(batch).input
+                if key is not None and getattr(data, "views", 1) > 1:  # the data make several at once
+                    inputs = inputs[:, 0]
+                logits = module(inputs.to(dtype) if inputs.is_floating_point() else inputs)
+                if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(part), data.num_classes):
+                    shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+                    raise ValueError(
+                        f"{type(module).__name__}.forward must give logits ({len(part)}, {data.num_classes}) of {len(part)} samples, got {shape}: "
+                        "give a classifier of these classes"
+                    )
+                rows[view].append(logits.float().cpu())
+        return torch.stack([torch.cat(row) for row in rows])
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """Leave random streams, the seed in the environment, signals and the log level as they were."""
+    names = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+    environment = {name: os.environ.get(name) for name in names}
+    in_main = threading.current_thread() is threading.main_thread()  # only there can a signal be handled
+    handler = signal.getsignal(signal.SIGINT) if in_main else None
+    loggers = {name: logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    try:
+        for logger in loggers.values():
+            logger.setLevel(logging.WARNING)
+        with isolate_rng():
+            yield
+    finally:
+        for name, logger in loggers.items():
+            logger.setLevel(levels[name])
+        if in_main and handler is not None:  # Lightning ignores Ctrl-C from the first one on
+            signal.signal(signal.SIGINT, handler)
+        for name, value in environment.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _run_in_worker(work: _Work, number: int, model: int, threads: int) -> tuple[int, int]:
+    torch.set_num_threads(threads)
+    work.run(number, model)
+    return number, model
+
+
+def _train_missing(work: _Work, rounds: int, num_models: int, jobs: int, say: Callable[[str], None]) -> None:
+    every = [(number, model) for number in range(rounds) for model in range(num_models)]
+    missing = [each for each in every if work.read(*each) is None]
+    if len(missing) < len(every):
+        say(f"{len(every) - len(missing)} of {len(every)} models were trained before")
+    if missing:
+        work.try_out()
+        work.write_settings()
+    start = time.monotonic()
+    for done, (number, model) in enumerate(_finished(work, missing, jobs), start=1):
+        logits = work.read(number, model)
+        assert logits is not None  # just written
+        trains, label = work.trains(number), work.datamodule.arrays.label[work.index]
+        agrees = float((logits.mean(dim=0).argmax(dim=1) == label[~trains]).float().mean())
+        seconds = (time.monotonic() - start) / done * (len(missing) - done)
+        rest = f"; about {_duration(seconds)} left" if done < len(missing) else ""
+        say(
+            f"round {number + 1} of {rounds}, model {model + 1} of {num_models}: trained on {int(trains.sum()):,} samples, agrees with "
+            f"{agrees:.1%} of {int((~trains).sum()):,} other labels{rest}"
+        )
+
+
+def _finished(work: _Work, missing: list[tuple[int, int]], jobs: int) -> Iterator[tuple[int, int]]:
+    """Train models one after the other, or in processes; yields each when it is done."""
+    if jobs == 1 or len(missing) < 2:
+        for number, model in missing:
+            work.run(number, model)
+            yield number, model
+        return
+    from joblib import Parallel, delayed
+
+    threads = max(1, torch.get_num_threads() // jobs)
+    parallel = Parallel(n_jobs=min(jobs, len(missing)), return_as="generator_unordered", batch_size=1, pre_dispatch="n_jobs")
+    yield from parallel(delayed(_run_in_worker)(work, *each, threads) for each in missing)
+
+
+def _fused(work: _Work, number: int, num_models: int, weights: Tensor | None, num_classes: int) -> Tensor:
+    """Probabilities `(N, C)` of a round; NaN where it says nothing."""
+    read = [work.read(number, model) for model in range(num_models)]
+    present = [each for each in read if each is not None]
+    assert len(present) == num_models  # just written
+    logits = torch.stack(present)
+    trains, label = work.trains(number), work.datamodule.arrays.label[work.index]
+    fused = torch.full((len(work.index), num_classes), float("nan"))
+    fused[~trains] = fuse(logits, weights)
+    fused[~torch.isin(label, label[trains])] = float("nan")
+    return fused
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    return f"{whole} s" if whole < 90 else f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def _find_label_issues(filter_by: str) -> Callable[..., Any]:
+    """cleanlab's function, if there is such a filter and cleanlab."""
+    if filter_by not in get_args(Filter):
+        raise ValueError(f"cleanlab has no filter {filter_by!r}; there are: {', '.join(get_args(Filter))}")
+    try:
+        from cleanlab.filter import find_label_issues
+    except ImportError as error:
+        raise ValueError(f'the filter {filter_by} needs the package cleanlab ({error}): pip install "litzoo[clean]"') from error
+    return find_label_issues

@@ -1,0 +1,147 @@
+"""Labels to review, as one HTML page: pictures with given and proposed labels, to accept or keep."""
+
+import base64
+import html
+import io
+import json
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import NamedTuple
+
+import numpy as np
+
+from .exchange import write_file
+from .figures import new_figure
+from .images import _rgb
+from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
+
+_SIDE = 128  # pixels of a thumbnail, at most
+_CLOUD, _DPI, _SHADES = 1.6, 100, 48  # of a picture of a cloud: inches, dots per inch, colours
+
+
+class ReviewItem(NamedTuple):
+    """A sample whose label is in doubt.
+
+    Args:
+        index: its number in the data set.
+        file: its name, or "".
+        given: its class.
+        proposed: the class that it may be.
+        given_probability: in [0, 1].
+        proposed_probability: in [0, 1].
+        flags: votes against its label.
+        votes: votes on it.
+        png: a picture, or None.
+        text: what to show where there is no picture.
+    """
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
+    file: str
+    given: int
+    proposed: int
+    given_probability: float
+    proposed_probability: float
+    flags: int
+    votes: int
+    png: bytes | None = None
+    text: str = ""
+
+
+def image_png(image: np.ndarray, side: int = _SIDE) -> bytes:
+    """A thumbnail.
+
+    Args:
+        image: `(H, W, C)`, uint8 or floats in [0, 1], with C = 1 or 3.
+        side: pixels of the longer side, at most; small images are not enlarged.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: if the image has another shape, type or range.
+
+    Example:
+        >>> image_png(np.zeros((8, 8, 3), np.uint8))[1:4]
+        b'PNG'
+    """
+    from PIL import Image
+
+    pixels = _rgb(image)
+    picture = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8))
+    picture.thumbnail((side, side))
+    content = io.BytesIO()
+    picture.save(content, format="PNG", optimize=True)
+    return content.getvalue()
+
+
+def cloud_png(points: np.ndarray) -> bytes:
+    """A small picture of a point cloud on white, +y up.
+
+    Args:
+        points: `(N, 3)`.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ValueError: if the points have another shape.
+
+    Example:
+        >>> cloud_png(np.random.rand(512, 3))[1:4]
+        b'PNG'
+    """
+    from PIL import Image
+
+    cloud = cloud_of(points)
+    figure = new_figure(_CLOUD, _CLOUD, layout=None)
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
+    axes.set_axis_off()
+    draw_cloud(axes, cloud, frame_of(cloud), DEPTH, dot_area(len(cloud), _CLOUD))
+    drawn, content = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=_DPI)
+    # A few shades of blue: all colours would take five times the room.
+    Image.open(drawn).convert("RGB").quantize(_SHADES).save(content, format="PNG", optimize=True)
+    return content.getvalue()
+
+
+def write_review_html(
+    path: str | os.PathLike[str],
+    items: Sequence[ReviewItem],
+    class_names: Sequence[str],
+    title: str,
+    note: str = "",
+) -> None:
+    """Write one page that shows samples with given and proposed label, to filter by class, to tick off, and to download the decisions.
+
+    The page holds everything that it needs, loads nothing, and works from a disk without a network. What it downloads is a CSV file
+    with the columns index, file, given, proposed and decision, which is `accept` or `keep`.
+
+    Args:
+        path: a `.html` file; its folder is made.
+        items: in the order of the page; there may be none.
+        class_names: C names.
+        title: of the page.
+        note: a line under the title.
+
+    Raises:
+        ValueError: if an item's class has no name.
+
+    Example:
+        >>> write_review_html("review.html", [ReviewItem(7, "", 0, 1, 0.1, 0.9, 4, 4)], ["cat", "dog"], "Labels to review")
+    """
+    rows = []
+    for item in items:
+        if not (0 <= item.given < len(class_names) and 0 <= item.proposed < len(class_names)):
+            raise ValueError(f"sample {item.index} has classes {item.given} and {item.proposed}, but there are {len(class_names)} names")
+        picture = None if item.png is None else base64.b64encode(item.png).decode()
+        percent = [round(100 * value, 1) for value in (item.given_probability, item.proposed_probability)]
+        rows.append({**item._asdict(), "given_probability": percent[0], "proposed_probability": percent[1], "png": picture})
+    # Inside of a script nothing but this can end it, and JSON knows the escape.
+    data = json.dumps({"classes": list(map(str, class_names)), "items": rows}, separators=(",", ":"), allow_nan=False).replace(
+        "<", "\\u003c"
+    )
+    head, tail = files(__package__).joinpath("review.html").read_text(encoding="utf-8").split("{{DATA}}")
+    page = head.replace("{{TITLE}}", html.escape(title)).replace("{{NOTE}}", html.escape(note)) + data + tail
+    write_file(path, page.encode("utf-8", "backslashreplace"))  # file names need not be text
