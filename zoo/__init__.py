@@ -32,6 +32,7 @@ _EXPORTS = {
     "load_encoder": "pretrained",
     "resolve_backbone": "backbones",
     "save": "pretrained",
+    "select_samples": "selection",
     "upper_bound_points": "critical_sets",
 }
 __all__ = list(_EXPORTS)
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .pretrained import load_encoder as load_encoder
     from .pretrained import save as save
     from .relational_reasoning import RelationalReasoning as RelationalReasoning
+    from .selection import select_samples as select_samples
     from .supcon import SupConEncoder as SupConEncoder
     from .wgan import WGAN as WGAN
 

@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": "features of a data set in an HDF5 file: litzoo embed --model best.ckpt --config instdisc_digits --output features.h5",
     "show": "pictures of data, augmented views, critical points and embeddings: litzoo show data --config pointnet_furniture",
     "clean": "find wrong labels: litzoo clean --config classifier_digits --output cleaning",
+    "select": "which samples to label next: litzoo select photos --production now.safetensors --models a.ckpt b.ckpt --output next",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }
@@ -129,6 +130,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from .clean import clean
 
         return clean(resolve_recipes(arguments))
+    if command == "select":
+        from .select import select
+
+        return select(arguments)
     if command == "export":
         from .export import export
 
