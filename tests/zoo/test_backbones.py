@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litzoo.zoo import create_backbone, resolve_backbone
-from litzoo.zoo.backbones import CIFAR_RESNETS, CifarResNet, Conv4
+from litzoo.zoo.backbones import CIFAR_RESNETS, SHRINKAGE_RESNETS, CifarResNet, Conv4, ShrinkageResNet
 
 
 def shaken(module: nn.Module) -> nn.Module:
     """In evaluation mode and float64, with BatchNorm statistics that are not at their neutral start."""
     for layer in module.modules():
-        if isinstance(layer, nn.BatchNorm2d):
+        if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             layer.running_mean.normal_(std=0.1)
             layer.running_var.uniform_(0.5, 2.0)
             nn.init.uniform_(layer.weight, 0.5, 1.5)
@@ -32,14 +32,20 @@ class Reader:
     def __init__(self, module: nn.Module) -> None:
         self.tensors = [value for key, value in module.state_dict().items() if not key.endswith("num_batches_tracked")]
 
+    def conv(self, x: Tensor, stride: int = 1) -> Tensor:
+        """3 x 3 convolution by unfolding."""
+        kernel = self.tensors.pop(0)
+        height = (x.shape[2] - 1) // stride + 1
+        return (kernel.flatten(1) @ F.unfold(x, 3, padding=1, stride=stride)).view(len(x), len(kernel), height, -1)
+
+    def bn(self, x: Tensor) -> Tensor:
+        """BatchNorm by its formula, channels in the second dimension."""
+        weight, bias, mean, var = (self.tensors.pop(0).view(1, -1, *[1] * (x.dim() - 2)) for _ in range(4))
+        return (x - mean) / (var + 1e-5).sqrt() * weight + bias
+
     def conv_bn(self, x: Tensor, stride: int = 1) -> Tensor:
         """3 x 3 convolution by unfolding, then BatchNorm by its formula."""
-        kernel, weight, bias, mean, var = (self.tensors.pop(0) for _ in range(5))
-        height = (x.shape[2] - 1) // stride + 1
-        patches = F.unfold(x, 3, padding=1, stride=stride)
-        out = (kernel.flatten(1) @ patches).view(len(x), len(kernel), height, -1)
-        mean, var, weight, bias = (v.view(1, -1, 1, 1) for v in (mean, var, weight, bias))
-        return (out - mean) / (var + 1e-5).sqrt() * weight + bias
+        return self.bn(self.conv(x, stride))
 
 
 # --- our own nets ----------------------------------------------------------------------------------------------------
@@ -77,6 +83,44 @@ def test_cifar_resnet_has_the_published_number_of_parameters(name: str, publishe
     assert sum(isinstance(layer, nn.Conv2d) for layer in model.modules()) + 1 == CIFAR_RESNETS[name]
 
 
+@pytest.mark.parametrize("name", SHRINKAGE_RESNETS)
+def test_shrinkage_resnet_against_a_hand_written_forward(name: str) -> None:
+    depth, shared = SHRINKAGE_RESNETS[name]
+    model = shaken(create_backbone(name))
+    assert isinstance(model, ShrinkageResNet)
+    images = torch.randn(2, 3, 32, 32).double()
+    reader = Reader(model)
+    x = reader.conv(images)
+    for stage in range(3):
+        for block in range((depth - 2) // 6):
+            stride = 2 if stage > 0 and block == 0 else 1
+            shortcut = x
+            if stride == 2:
+                shortcut = torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], dim=1)
+            x = reader.conv(reader.bn(x).clamp(min=0), stride)
+            x = reader.conv(reader.bn(x).clamp(min=0))
+            average = x.abs().sum((2, 3)) / x[0, 0].numel()
+            hidden = reader.bn(average @ reader.tensors.pop(0).mT).clamp(min=0)
+            weight, bias = reader.tensors.pop(0), reader.tensors.pop(0)
+            alpha = 1 / (1 + torch.exp(-(hidden @ weight.mT + bias)))
+            tau = alpha * average.sum(dim=1, keepdim=True) / average.shape[1] if shared else alpha * average
+            tau = tau[:, :, None, None].expand_as(x)
+            x = torch.where(x > tau, x - tau, torch.where(x < -tau, x + tau, 0)) + shortcut
+    x = reader.bn(x).clamp(min=0)
+    assert not reader.tensors
+    assert x.shape == (2, 64, 8, 8)
+    torch.testing.assert_close(model(images), x.sum((2, 3)) / 64, rtol=1e-9, atol=1e-9)
+
+
+def test_shrinkage_thresholds_learn() -> None:
+    """Every parameter has a gradient, which DDP waits for."""
+    model = create_backbone(resolve_backbone("rsnet20_cw", in_channels=1))
+    model(torch.randn(4, 1, 8, 8)).square().sum().backward()
+    for name, weight in model.named_parameters():
+        assert weight.grad is not None, name
+        assert bool(weight.grad.any()), name
+
+
 def test_conv4_against_a_hand_written_forward() -> None:
     model = shaken(Conv4(in_channels=2))
     for size in (28, 32):
@@ -94,7 +138,7 @@ def test_conv4_against_a_hand_written_forward() -> None:
     assert sum(p.numel() for p in model.parameters()) == 9 * (2 * 8 + 8 * 16 + 16 * 32 + 32 * 64) + 2 * (8 + 16 + 32 + 64)
 
 
-@pytest.mark.parametrize("name", ["conv4", "resnet8"])
+@pytest.mark.parametrize("name", ["conv4", "resnet8", "rsnet20_cs"])
 @pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 4), (96, 3)])
 def test_own_nets_take_images_of_any_size_and_channels(name: str, size: int, channels: int) -> None:
     encoder = create_backbone(resolve_backbone(name, channels, size))
@@ -110,9 +154,11 @@ def test_own_nets_start_as_he_says() -> None:
 
 
 def test_own_names_are_not_names_of_timm() -> None:
-    assert not {"conv4", *CIFAR_RESNETS} & set(timm.list_models())
+    assert not {"conv4", *CIFAR_RESNETS, *SHRINKAGE_RESNETS} & set(timm.list_models())
     with pytest.raises(ValueError, match="6n \\+ 2, such as 20, got 18"):
         CifarResNet(18)
+    with pytest.raises(ValueError, match="6n \\+ 2, such as 20, got 18"):
+        ShrinkageResNet(18, shared=True)
 
 
 # --- timm ------------------------------------------------------------------------------------------------------------

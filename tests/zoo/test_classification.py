@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 
-from litzoo.zoo.functional.classification import class_balanced_weights, focal_cross_entropy, orthogonality_penalty
+from litzoo.zoo.functional.classification import (
+    class_balanced_weights,
+    effective_number_weights,
+    focal_cross_entropy,
+    make_class_weights,
+    orthogonality_penalty,
+)
 
 LOGITS = torch.randn(13, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
 LABEL = torch.arange(13) % 5
@@ -119,8 +126,57 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
 
 @pytest.mark.parametrize("counts", [[], [0, 0], [3, -1]])
 def test_impossible_counts_are_refused(counts: list[int]) -> None:
-    with pytest.raises(ValueError, match="class_counts"):
-        class_balanced_weights(counts)
+    for weigh in (class_balanced_weights, effective_number_weights):
+        with pytest.raises(ValueError, match="class_counts"):
+            weigh(counts)
+
+
+def naive_effective(counts: list[int], beta: float) -> list[float]:
+    """In exact fractions, by the sum of the series: E_n = 1 + beta + ... + beta^(n - 1)."""
+    exact = Fraction(beta)
+    effective = [sum((exact**power for power in range(count)), Fraction(0)) for count in counts]
+    inverse = [1 / number if number else Fraction(0) for number in effective]
+    present = sum(number > 0 for number in effective)
+    return [float(present * value / sum(inverse)) for value in inverse]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.999, 1 - 1e-9, 1 - 2**-53, 1.0])
+@pytest.mark.parametrize("counts", [[1, 2], [3, 50, 11, 7], [4, 0, 4], [1, 200, 0]])
+def test_effective_number_in_exact_fractions(beta: float, counts: list[int]) -> None:
+    weights = effective_number_weights(counts, beta)
+    np.testing.assert_allclose(weights, naive_effective(counts, beta), rtol=2e-7)
+    assert weights.dtype == torch.float32
+    assert float(weights.sum()) == pytest.approx(sum(count > 0 for count in counts))
+    assert torch.equal(weights, effective_number_weights(torch.tensor(counts), beta))
+
+
+def test_effective_number_lies_between_no_weights_and_the_inverse_frequency() -> None:
+    counts = [10, 300, 9000]
+    assert effective_number_weights(counts, 0.0).tolist() == [1, 1, 1]
+    inverse = class_balanced_weights(counts)
+    for beta in (1.0, 1 - 1e-12):
+        torch.testing.assert_close(effective_number_weights(counts, beta), inverse * 3 / inverse.sum())
+    ratios = [float(weights[0] / weights[2]) for weights in (effective_number_weights(counts, beta) for beta in (0.9, 0.99, 0.999, 0.9999))]
+    assert ratios == sorted(ratios)
+    # Counts for which beta^n is 0, and those of the largest data sets, whose difference 1 - beta^n would be rounded away.
+    assert effective_number_weights([10**5, 10**15], 0.9).tolist() == [1, 1]
+    huge = effective_number_weights([10**12, 3 * 10**12], 1 - 2**-53)
+    torch.testing.assert_close(huge[0] / huge[1], torch.tensor(3.0), rtol=1e-3, atol=0)
+
+
+def test_class_weights_by_name() -> None:
+    assert make_class_weights("none", None) is None
+    assert torch.equal(make_class_weights("balanced", [3, 1]), class_balanced_weights([3, 1]))  # type: ignore[arg-type]  # it is none for "none" alone
+    assert torch.equal(make_class_weights("effective", [3, 1], 0.9), effective_number_weights([3, 1], 0.9))  # type: ignore[arg-type]  # likewise
+    for kind, counts, beta, message in (
+        ("even", [1], 0.9, "one of none, balanced, effective; got 'even'"),
+        ("effective", None, 0.9, "class_weights='effective' needs class_counts"),
+        ("none", None, 1.5, r"beta must lie in \[0, 1\], got 1.5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_class_weights(kind, counts, beta)  # type: ignore[arg-type]  # on purpose
+    with pytest.raises(ValueError, match="beta must lie in"):
+        effective_number_weights([1, 2], -0.1)
 
 
 def naive_orthogonality(matrices: Tensor) -> float:

@@ -86,6 +86,38 @@ def test_mixing_against_the_formula(method: str, smoothing: float, monkeypatch: 
     assert model.train_accuracy.compute() == expected
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("kind", ["balanced", "effective"])
+def test_class_weights_against_the_formula(kind: Any, smoothing: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [3, 50, 11, 7, 40]
+    model = silent(shaken(label_smoothing=smoothing, class_counts=counts, class_weights=kind, effective_beta=0.95)).double()
+    images, label = torch.randn(4, 3, 16, 16).double(), torch.tensor([0, 3, 4, 1])
+    effective = torch.tensor([1 / count if kind == "balanced" else 0.05 / (1 - 0.95**count) for count in counts], dtype=torch.float64)
+    weight = effective * (111 / 5 if kind == "balanced" else 5 / effective.sum())
+    torch.testing.assert_close(model.class_weight, weight, rtol=1e-6, atol=0)
+    log_p = model(images).log_softmax(dim=1)
+    terms = -weight * ((1 - smoothing) * F.one_hot(label, 5) + smoothing / 5) * log_p
+    torch.testing.assert_close(model.training_step((images, label), 0), terms.sum() / weight[label].sum(), rtol=1e-6, atol=0)
+    # Of mixed images, with targets of several classes, the mean over the batch.
+    mixed = torch.rand(4, 5, dtype=torch.float64).softmax(dim=1)
+    monkeypatch.setattr(image_classifier, "mix_images", lambda images, *_: (images, mixed))
+    terms = -weight * ((1 - smoothing) * mixed + smoothing / 5) * log_p
+    torch.testing.assert_close(model.training_step((images, label), 0), terms.sum() / 4, rtol=1e-6, atol=0)
+    assert "class_weight" not in model.state_dict()
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_class_weights_in_every_precision(precision: Any) -> None:
+    model = shaken(class_counts=[1, 2, 3, 4, 5], class_weights="effective", mixup=0.2)
+    loader = DataLoader(TensorDataset(torch.randn(8, 3, 16, 16), torch.arange(8) % 5), 4)
+    trainer = Trainer(max_epochs=1, precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(model, loader)
+    model.mixup = 0.0
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader)
+    assert bool(trainer.callback_metrics["train/loss"].isfinite())
+
+
 def test_views_train_like_so_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
     views, label = torch.randn(3, 2, 3, 16, 16), torch.tensor([0, 3, 4])
     flat, flat_label = views.flatten(0, 1), label.repeat_interleave(2)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import litzoo
+from litzoo.datamodules import DigitsDataModule
 from litzoo.zoo.cli import main, precision
 from litzoo.zoo.cli.precision import cpu_multiplies_bf16, native_precision
 
@@ -29,10 +30,11 @@ def checkpoint(run: str) -> dict:
 
 def test_data_tell_the_model_their_images(inside: Path) -> None:
     arguments = ["--config", "classifier_digits", "--data.image_size", "16", "--data.mean", "[0.25]", "--data.std", "[0.5]"]
-    assert main(["fit", *arguments, *FAST, "--trainer.max_epochs", "1"]) == 0
+    assert main(["fit", *arguments, *FAST, "--trainer.max_epochs", "1", "--model.class_weights", "effective"]) == 0
     known = checkpoint("classifier_digits/version_0")["hyper_parameters"]
     assert (known["in_channels"], known["image_size"], known["num_classes"]) == (1, 16, 10)
     assert (known["image_mean"], known["image_std"]) == ([0.25], [0.5])
+    assert (known["class_counts"], known["class_weights"]) == (DigitsDataModule().class_counts, "effective")
     assert known["backbone"]["name"] == "conv4"
     path = inside / "digits.safetensors"
     assert main(["export", "runs/classifier_digits/version_0/checkpoints/last.ckpt", "--output", str(path)]) == 0

@@ -45,16 +45,15 @@ def test_both_are_unbiased_with_the_known_variances() -> None:
 
 
 def test_reinforce_against_the_exact_gradient_of_a_policy() -> None:
-    """Of all actions, each as often as it is drawn, the gradient is that of the expected reward itself."""
+    """Of all actions, each weighed by its probability, the gradient is that of the expected reward itself."""
     logits = torch.randn(5, dtype=torch.float64, requires_grad=True)
     reward = torch.randn(5, dtype=torch.float64)
     (exact,) = torch.autograd.grad((logits.softmax(0) * reward).sum(), logits)
     p = logits.softmax(0).detach()
     log_prob = Categorical(logits=logits).log_prob(torch.arange(5))
     for baseline in (None, 3.0, torch.tensor(-1.0), torch.full((5,), 2.0)):
-        # Weights 5 p turn the mean over the actions into the expectation.
-        loss = sum(5 * p[action] * reinforce_loss(log_prob[[action]], reward[[action]], _row(baseline, action)) / 5 for action in range(5))
-        (found,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        losses = [p[action] * reinforce_loss(log_prob[[action]], reward[[action]], _row(baseline, action)) for action in range(5)]
+        (found,) = torch.autograd.grad(torch.stack(losses).sum(), logits, retain_graph=True)
         torch.testing.assert_close(-found, exact)
 
 

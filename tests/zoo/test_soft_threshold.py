@@ -42,12 +42,17 @@ def test_module_against_loops(shared: bool, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     module = SoftThreshold(3, shared).double().eval()
     first, norm, _, last, _ = module.net
-    nn.init.normal_(norm.running_mean)  # type: ignore[arg-type]  # a buffer
+    assert isinstance(first, nn.Linear)
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(last, nn.Linear)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    nn.init.normal_(norm.running_mean)
     x = torch.randn(shape, dtype=torch.float64)
     expected = torch.empty_like(x)
     for sample in range(len(x)):
         average = torch.stack([channel.abs().mean() for channel in x[sample]])
-        hidden = F.relu((first.weight @ average - norm.running_mean) / (norm.running_var + norm.eps).sqrt())  # type: ignore[operator]  # tensors
+        hidden = F.relu((first.weight @ average - norm.running_mean) / (norm.running_var + norm.eps).sqrt())
         alpha = 1 / (1 + torch.exp(-(last.weight @ hidden + last.bias)))
         tau = (alpha * average.mean()).expand(3) if shared else alpha * average
         for channel in range(3):

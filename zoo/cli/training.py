@@ -326,6 +326,7 @@ def train(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # a resumed run goes on in its folder
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")  # a frozen encoder stays in it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")  # what is saved is right to resume from
     _import_short_names()
     set_parsing_settings(add_print_completion_argument=True)
     try:

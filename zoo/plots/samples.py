@@ -15,7 +15,7 @@ _SIDE = 0.55  # inches of a picture
 _GAP = 1 / 16  # between pictures, as a share of one
 _APART = 0.3  # inches between generated and real images
 _MARGIN = 0.15
-_HEADER = 0.62
+_HEADER = 0.5
 
 
 def plot_samples(generated: Sequence[np.ndarray] | np.ndarray, real: Sequence[np.ndarray] | np.ndarray = (), title: str = "") -> Figure:
