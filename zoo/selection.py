@@ -164,7 +164,7 @@ def _logits(
     rows = []
     for view in (None, *views):
         for group in groups:
-            output = model(group if view is None else view(group))
+            output = model(group if view is None else _view(view, group, name))
             shape = tuple(output.shape) if isinstance(output, Tensor) else None
             if shape is None or len(shape) != 2 or shape[0] != len(group) or shape[1] < 2 or shape[1] != (classes or shape[1]):
                 raise ValueError(
@@ -176,6 +176,13 @@ def _logits(
     if not bool(logits.isfinite().all()):
         raise ValueError(f"{name} gives outputs that are not finite: its training diverged, or an input is not finite")
     return logits if order is None else logits[:, :, order]
+
+
+def _view(view: View, inputs: Tensor, name: str) -> Tensor:
+    try:
+        return view(inputs)
+    except ValueError as error:
+        raise ValueError(f"these views do not fit what {name} takes: {error}") from error
 
 
 def _device(model: Any) -> torch.device:
