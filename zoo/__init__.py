@@ -25,6 +25,7 @@ _EXPORTS = {
     "TimmOptimizer": "optimization",
     "WarmupCosineLR": "optimization",
     "WeightsError": "pretrained",
+    "clean_labels": "cleaning",
     "create_backbone": "backbones",
     "critical_points": "critical_sets",
     "list_models": "pretrained",
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .backbones import create_backbone as create_backbone
     from .backbones import resolve_backbone as resolve_backbone
     from .batch import Batch as Batch
+    from .cleaning import clean_labels as clean_labels
     from .critical_sets import critical_points as critical_points
     from .critical_sets import upper_bound_points as upper_bound_points
     from .encoder_classifier import EncoderClassifier as EncoderClassifier

@@ -9,7 +9,6 @@ from pathlib import Path
 from pydoc import locate
 from typing import TYPE_CHECKING, Any, get_args
 
-import yaml
 from jsonargparse import ActionConfigFile
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -76,7 +75,7 @@ def _instantiate(part: str, settings: dict[str, Any]) -> Any:
     """The object, or of the trainer its arguments."""
     parser = _Parser(prog="litzoo clean")
     _add(parser, part)
-    return parser.instantiate_classes(parser.parse_object({part: deepcopy(settings)}))[part]
+    return parser.instantiate(parser.parse_object({part: deepcopy(settings)}))[part]
 
 
 def clean(arguments: list[str]) -> int:
@@ -102,7 +101,7 @@ def clean(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     _import_short_names()
     options = _parse(arguments)
-    parts = yaml.safe_load(options.pop("dumped"))
+    parts = {part: options[part].as_dict() for part in _PARTS}
     data = _instantiate("data", parts["data"])
     _check(options, data)
     trainer = _one_device(parts["trainer"], parts["model"])
@@ -132,7 +131,7 @@ def clean(arguments: list[str]) -> int:
             splits=options.split,
             seed=int(options.seed_everything),
             jobs=options.jobs,
-            recipe=_flat({part: parts[part] for part in _PARTS}),
+            recipe=_flat(parts),
             report=report,
         )
     except KeyboardInterrupt:
@@ -147,7 +146,7 @@ def clean(arguments: list[str]) -> int:
 
 
 def _parse(arguments: list[str]) -> Any:
-    """The options; `dumped` holds what model, data and trainer are, as YAML."""
+    """The options; those of model, data and trainer are not made into objects yet."""
     if not any(argument.startswith(("-c", "--config", "--model", "-h", "--help")) for argument in arguments):
         raise CommandError(
             f"say which model and data: --config RECIPE, or --model CLASS and --data CLASS; recipes: {', '.join(recipe_names())}"
@@ -190,7 +189,6 @@ def _parse(arguments: list[str]) -> Any:
     for name in _IGNORED:
         parser.add_argument(f"--{name}", type=Any, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    options["dumped"] = parser.dump(options, skip_none=False)
     return options
 
 
