@@ -25,6 +25,7 @@ CALLBACKS = {
     "NeighbourGallery": "neighbour_gallery",
     "PartPlot": "part_plot",
     "PerClassTable": "per_class_table",
+    "PseudoLabels": "pseudo_labels",
     "RelationPairsPlot": "relation_pairs_plot",
     "SAM": "sam",
     "SWA": "swa",
@@ -33,9 +34,9 @@ CALLBACKS = {
     "StepSeed": "step_seed",
     "TestTimeAugmentation": "test_time_augmentation",
 }
-# Functions that stand beside a callback.
-_FUNCTIONS = {"average_checkpoints": "swa", "discriminative_param_groups": "discriminative_lr"}
-__all__ = list(CALLBACKS) + list(_FUNCTIONS)
+# What stands beside a callback.
+_BESIDE = {"PseudoLabelDataset": "pseudo_labels", "average_checkpoints": "swa", "discriminative_param_groups": "discriminative_lr"}
+__all__ = list(CALLBACKS) + list(_BESIDE)
 
 if TYPE_CHECKING:
     from .checkpoint_average import CheckpointAverage as CheckpointAverage
@@ -57,6 +58,8 @@ if TYPE_CHECKING:
     from .neighbour_gallery import NeighbourGallery as NeighbourGallery
     from .part_plot import PartPlot as PartPlot
     from .per_class_table import PerClassTable as PerClassTable
+    from .pseudo_labels import PseudoLabelDataset as PseudoLabelDataset
+    from .pseudo_labels import PseudoLabels as PseudoLabels
     from .relation_pairs_plot import RelationPairsPlot as RelationPairsPlot
     from .sam import SAM as SAM
     from .sample_grid import SampleGrid as SampleGrid
@@ -68,7 +71,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    file = CALLBACKS.get(name) or _FUNCTIONS.get(name)
+    file = CALLBACKS.get(name) or _BESIDE.get(name)
     if file is not None:
         return getattr(import_module(f"{__name__}.{file}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

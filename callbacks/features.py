@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -257,18 +257,18 @@ def _with_progress(trainer: Trainer, batches: Iterable[Any], loader: Iterable[An
     return tqdm(batches, "Training samples", total, leave=False, delay=_PATIENCE)
 
 
-def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Features, loader: Iterable[Any]) -> FeatureBank:
-    """Features of all of a loader's samples; every process must call it, encodes its share, and gets all of them.
+def over_loader(
+    trainer: Trainer, pl_module: LightningModule, loader: Iterable[Any], function: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a function of inputs, rows `(B, D)`, makes of all of a loader's samples, with their labels and ascending keys.
 
-    The loader may have a `DistributedSampler` or none; without one it must be the same on every process.
+    Every process must call it, goes through its share, and gets all. The loader may have a `DistributedSampler` or none; without one it
+    must be the same on every process. Under a distributed sampler that does not shuffle, a key is the place of a sample in the order.
 
-    Raises:
-        ValueError: if the loader is empty.
+    Returns:
+        `(N, D)`, `(N,)` int64 and `(N,)` int64; an empty loader gives empty tensors.
     """
-    parts = [
-        (directions(encode(trainer, pl_module, features, inputs)), label, key)
-        for inputs, label, key in _samples(trainer, pl_module, loader)
-    ]
+    parts = [(function(inputs), label, key) for inputs, label, key in _samples(trainer, pl_module, loader)]
     if parts:
         found, label, key = (torch.cat(columns) for columns in zip(*parts, strict=True))
     else:
@@ -278,9 +278,19 @@ def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Featur
         found, label, key = (gathered_rows(trainer, pl_module, column) for column in (found, label, key))
         order = key.argsort()
         found, label, key = found[order], label[order], key[order]
-    if len(key) == 0:
+    return found, label, key
+
+
+def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Features, loader: Iterable[Any]) -> FeatureBank:
+    """Features of all of a loader's samples; every process must call it, encodes its share, and gets all of them, see `over_loader`.
+
+    Raises:
+        ValueError: if the loader is empty.
+    """
+    bank = FeatureBank(*over_loader(trainer, pl_module, loader, lambda inputs: directions(encode(trainer, pl_module, features, inputs))))
+    if len(bank.key) == 0:
         raise ValueError("the loader of training samples is empty: give a reference_loader that can be gone through several times")
-    return FeatureBank(found, label, key)
+    return bank
 
 
 def gathered_rows(trainer: Trainer, pl_module: LightningModule, rows: Tensor) -> Tensor:

@@ -92,12 +92,22 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         label: `(M,)` int64, the class of each index; given, an epoch of the same length draws every class equally often. A class
             with too few samples repeats them, one with too many takes others in the next epoch. Then `(epoch, indices, repeats)` is
             yielded, where a repeat is how often the sample came before in this epoch.
+        length: samples of a training epoch; None means each once. With more of them, all samples come again, in another order, before any
+            comes a third time, and repeats are yielded as well.
     """
 
     def __init__(
-        self, indices: Tensor, batch_size: int, seed: int, training: bool, shuffle: bool = True, label: Tensor | None = None
+        self,
+        indices: Tensor,
+        batch_size: int,
+        seed: int,
+        training: bool,
+        shuffle: bool = True,
+        label: Tensor | None = None,
+        length: int | None = None,
     ) -> None:
         self.indices = indices
+        self.length = length if training and length is not None else len(indices)
         self.batch_size = batch_size
         self.seed = seed
         self.training = training
@@ -114,12 +124,26 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         for number, cls in enumerate(present.tolist()):
             members = order[label == cls]
             # The classes that get one place more change from epoch to epoch.
-            places = len(order) // len(present) + int((number + self.epoch) % len(present) < len(order) % len(present))
+            places = self.length // len(present) + int((number + self.epoch) % len(present) < self.length % len(present))
             place = torch.arange(places)
             chosen.append(members[place % len(members)])
             repeats.append(place // len(members))
-        mixed = random_order(fold_in(self.seed, _INTERLEAVE, self.epoch), len(order))
+        mixed = random_order(fold_in(self.seed, _INTERLEAVE, self.epoch), self.length)
         return torch.cat(chosen)[mixed], torch.cat(repeats)[mixed]
+
+    def _order(self) -> tuple[Tensor, Tensor | None]:
+        """Positions in `indices` in the order of an epoch, and the repeats where there are any."""
+        samples = len(self.indices)
+        order = random_order(fold_in(self.seed, _ORDER, self.epoch), samples) if self.shuffle else torch.arange(samples)
+        if self.label is not None:
+            return self._balanced(order)
+        if self.length <= samples:
+            return order[: self.length], None
+        place = torch.arange(self.length)
+        if self.shuffle:
+            again = fold_in(self.seed, _ORDER, self.epoch, torch.arange(1, -(-self.length // samples)))
+            order = torch.cat([order, random_order(again, samples).flatten()])
+        return order[place % len(order)], place // samples
 
     def _world(self) -> tuple[int, int]:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -129,7 +153,7 @@ class BatchSampler(DistributedSampler, SequentialSampler):
     def __len__(self) -> int:
         _, world = self._world()
         if self.training:
-            return max(1, len(self.indices) // (self.batch_size * world))
+            return max(1, self.length // (self.batch_size * world))
         # At most one batch per sample of the process with the fewest, so that none gets an empty batch.
         return max(1, min(math.ceil(len(self.indices) / (self.batch_size * world)), len(self.indices) // world))
 
@@ -138,11 +162,7 @@ class BatchSampler(DistributedSampler, SequentialSampler):
         if len(self.indices) < world:
             raise DataError(f"{len(self.indices)} samples cannot be dealt out to {world} processes: use fewer processes")
         if self.training:
-            order, repeats = torch.arange(len(self.indices)), None
-            if self.shuffle:
-                order = random_order(fold_in(self.seed, _ORDER, self.epoch), len(order))
-            if self.label is not None:
-                order, repeats = self._balanced(order)
+            order, repeats = self._order()
             indices = self.indices[order]
             size = min(self.batch_size * world, len(order) - len(order) % world)
             for start in range(0, len(self) * size, size):
@@ -249,6 +269,10 @@ class ArrayDataModule(LightningDataModule):
     augmentation are functions of (seed, epoch, sample), so they depend neither on workers nor on processes, and a resumed
     run sees what the uninterrupted one saw. The test split is read by the test loader only.
 
+    Attributes:
+        samples_per_epoch: samples of a training epoch, from the next loader on; None means each once. With more of them samples come
+            again, augmented in another way.
+
     Args:
         batch_size: training samples in a batch of one process.
         eval_batch_size: samples in an evaluation batch; None means twice `batch_size`.
@@ -276,6 +300,7 @@ class ArrayDataModule(LightningDataModule):
         self._seed = seed
         self.shuffle = shuffle
         self.balanced = balanced
+        self.samples_per_epoch: int | None = None
         self._resume: dict[str, int] | None = None
 
     def read(self) -> Arrays:
@@ -420,7 +445,7 @@ class ArrayDataModule(LightningDataModule):
         return BatchLoader(
             ArrayDataset(self.arrays, self.seed if training else None),
             # By keyword, because Lightning's `predict` makes the loader anew with another.
-            sampler=BatchSampler(indices, batch_size, self.seed, training, self.shuffle and not overfitting, label),
+            sampler=BatchSampler(indices, batch_size, self.seed, training, self.shuffle and not overfitting, label, self.samples_per_epoch),
             num_workers=self.num_workers if training else 0,
             pin_memory=torch.cuda.is_available(),
         )

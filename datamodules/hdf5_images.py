@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from .errors import DataError
 from .hdf5_reading import open_hdf5, resolve_path
 from .images import ImageDataModule
 from .packing import map_images
+from .splits import TRAIN
 
 
 def read_images(
@@ -60,7 +62,7 @@ class HDF5ImagesDataModule(ImageDataModule):
 
     The file holds `image` `(M, H, W, C)` uint8 with C = 1 or 3, `label` `(M,)` int, and optionally `split` `(M,)`
     (0 = train, 1 = validation, 2 = test) and `class_names` `(C,)` text. Images in one contiguous, uncompressed block are
-    memory-mapped, others are read into memory.
+    memory-mapped, others are read into memory. A label of -1 is unknown: such images always train, all of them.
 
     Args:
         path: the file; `~` and environment variables are resolved.
@@ -132,5 +134,13 @@ class HDF5ImagesDataModule(ImageDataModule):
         self.path = resolve_path(path)
 
     def read(self) -> Arrays:
-        arrays, split = read_images(self.path)
-        return Arrays(arrays.input, arrays.label, self.finish_split(arrays.label, split), arrays.class_names, mapped=arrays.mapped)
+        arrays, given = read_images(self.path, unlabelled=True)
+        known = arrays.label >= 0
+        split = arrays.split if given is None else given.to(torch.uint8)
+        lost = int((split[~known] != TRAIN).sum())
+        if lost:
+            raise DataError(
+                f"{self.path}: {lost} images for validation or test have no label, but -1: label them, or put them into the training split"
+            )
+        split[known] = self.finish_split(arrays.label[known], None if given is None else given[known])
+        return replace(arrays, split=split)

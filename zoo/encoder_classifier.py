@@ -476,7 +476,7 @@ def _check_labels(data: Any) -> None:
     if counts is not None and known is not None and sum(known) < counts:
         raise ValueError(
             f"{counts - sum(known)} of {counts} training samples have no label: a linear classifier cannot train on them, head knn and "
-            "class_means leave them out"
+            "class_means leave them out, and the callback PseudoLabels labels them"
         )
 
 

@@ -152,7 +152,10 @@ class ImageClassifier(LightningModule):
     def on_fit_start(self) -> None:
         counts, known = (getattr(self.trainer.datamodule, name, None) for name in ("num_train", "class_counts"))  # type: ignore[attr-defined]
         if counts is not None and known is not None and sum(known) < counts:
-            raise ValueError(f"{counts - sum(known)} of {counts} training images have no label: a classifier cannot train on them")
+            raise ValueError(
+                f"{counts - sum(known)} of {counts} training images have no label: a classifier cannot train on them; leave them out, or let "
+                "the callback PseudoLabels label them"
+            )
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         images, label = input_and_label(batch)

@@ -312,6 +312,8 @@ def fit(folder: Path, callback: Callback | None, precision: str, accumulate: int
 
 # The rows
 
+SOME_LABELS = torch.tensor([0, 1, 2, *[-1] * (BATCH * BATCHES - 3)])
+
 
 def _same() -> Trick:
     return Trick()
@@ -397,6 +399,10 @@ ROWS: dict[str, Row] = {
     "LinearProbe": Row(lambda: callbacks.LinearProbe(CLASSES), logs=frozenset({"train/probe_loss", "val/probe_accuracy"})),
     "NeighbourGallery": Row(lambda: callbacks.NeighbourGallery(1, 1, every_n_epochs=99, reference_loader=batches(3))),
     "PerClassTable": Row(lambda: callbacks.PerClassTable()),
+    "PseudoLabels": Row(
+        lambda: callbacks.PseudoLabels(0.4, dataset=callbacks.PseudoLabelDataset(torch.cat([x for x, _ in batches(3)]), SOME_LABELS)),
+        logs=frozenset({"train/pseudo_labels"}),
+    ),
     "SAM": Row(
         lambda: callbacks.SAM(0.5),
         lambda: PerturbedTrick(0.5, "", add=False),

@@ -174,7 +174,7 @@ def test_truncated_file(tmp_path: Path, keep: float, storage: dict[str, Any]) ->
         ("label", np.zeros(59, np.int32), r"label must have shape \(60,\)"),
         ("label", np.zeros((60, 1), np.int32), r"label must have shape \(60,\)"),
         ("label", np.full(60, 4), "labels run from 4 to 4, but there are 4 class names"),
-        ("label", np.full(60, -1), "labels start at 0, but the lowest is -1"),
+        ("label", np.full(60, -2), "labels start at 0, but the lowest is -2"),
         ("label", np.full(60, 0.5), "label must hold whole numbers"),
         ("label", np.array([b"cat"] * 60), "label must be an array of numbers"),
         ("split", np.zeros(10, np.uint8), r"split must have shape \(60,\)"),
@@ -201,10 +201,35 @@ def test_a_group_is_no_array(path: Path) -> None:
 def test_unknown_labels_only_where_they_are_expected(path: Path) -> None:
     with h5py.File(path, "a") as file:
         file["label"][:5] = -1
-    with pytest.raises(DataError, match="labels start at 0, but the lowest is -1"):
+        elsewhere = int((file["split"][:5] != TRAIN).sum())
+    with pytest.raises(DataError, match=f"{elsewhere} images for validation or test have no label, but -1"):
         _ = HDF5ImagesDataModule(path).num_classes
+    with pytest.raises(DataError, match="labels start at 0, but the lowest is -1"):
+        read_images(path)
     arrays, _ = read_images(path, unlabelled=True)
     assert arrays.label[:5].tolist() == [-1] * 5
+
+
+@pytest.mark.parametrize("has_split", [True, False])
+def test_images_without_a_label_train_and_change_nothing_for_the_others(tmp_path: Path, has_split: bool) -> None:
+    settings: dict[str, Any] = {"val_fraction": 0.3, "train_fraction": 0.5}
+    path = write_images(tmp_path / "images.h5")
+    if not has_split:
+        change(path, "split", None)
+    labelled = HDF5ImagesDataModule(path, **settings)
+    _ = labelled.arrays
+    with h5py.File(path, "a") as file:
+        more = {name: np.concatenate([file[name][:], file[name][:9]]) for name in file if name != "class_names"}
+    more["label"][60:] = -1
+    if has_split:
+        more["split"][60:] = TRAIN
+    for name, value in more.items():
+        change(path, name, value)
+    data = HDF5ImagesDataModule(path, **settings)
+    assert torch.equal(data.arrays.split[:60], labelled.arrays.split)
+    assert data.arrays.split[60:].tolist() == [TRAIN] * 9
+    assert data.class_counts == labelled.class_counts
+    assert data.num_train == labelled.num_train + 9
 
 
 @pytest.mark.parametrize("names", [True, False])
