@@ -1,5 +1,6 @@
 """Draws what a generative model generates."""
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +22,8 @@ class SampleGrid(Callback):
 
     The images are what `pl_module.sample(number, seed)` gives, `(B, C, H, W)` in [0, 1], as that of `WGAN`; always of the same seed, so the
     pictures show how the same noise becomes an image. `samples/epoch_009.png` in the run's folder is that of the tenth epoch,
-    `samples/test.png` that of a test. Real images are those of the first evaluation batch, without validation those of the last training batch of the
-    epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows logged numbers over the
+    `samples/test.png` that of a test. Real images are those of the first evaluation batch, before any those of the last training batch of
+    the first epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows logged numbers over the
     epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
     Images are generated in evaluation mode, at the end of the validation, or without one of the epoch, on the first process alone: the
@@ -88,7 +89,7 @@ class SampleGrid(Callback):
             self._keep(pl_module, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.is_last_batch and not self._validates(trainer) and self._is_due(trainer):
+        if trainer.is_last_batch and self._real is None:
             self._keep(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,14 +132,12 @@ class SampleGrid(Callback):
         epoch = trainer.current_epoch
         return epoch == 0 or (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
 
-    def _validates(self, trainer: Trainer) -> bool:
-        return sum(trainer.num_val_batches) > 0
-
     def _keep(self, pl_module: LightningModule, batch: Any) -> None:
-        images = inputs_of(pl_module, batch)
-        images = images.flatten(0, -4) if images.dim() > 4 else images
-        if images.dim() == 4:  # else there is nothing to show beside
-            self._real = images[: self.number].detach().cpu()
+        with contextlib.suppress(ValueError):  # there is nothing to show beside
+            images = inputs_of(pl_module, batch)
+            images = images.flatten(0, -4) if images.dim() > 4 else images
+            if images.dim() == 4:
+                self._real = images[: self.number].detach().cpu()
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Every process must call it."""

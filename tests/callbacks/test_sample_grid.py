@@ -92,11 +92,13 @@ def test_without_validation_the_last_training_batch(tmp_path: Path, drawn: Drawn
     make_trainer(tmp_path, SampleGrid(4)).fit(Large(), Loader(large(0)))
     assert [title for *_, title in drawn] == ["epoch 0, seed 0", "epoch 2, seed 0"]
     assert len(drawn[-1][1]) == 4
-    # In epochs that are not validated as well.
+    # In epochs that are not validated as well; batches that hold no images are no error.
     drawn.clear()
     trainer = make_trainer(tmp_path, SampleGrid(4, every_n_epochs=1), check_val_every_n_epoch=2)
     trainer.fit(Large(), Loader(large(0)), Loader(large(9, 2)))
     assert [title for *_, title in drawn] == [f"epoch {epoch}, seed 0" for epoch in (0, 1, 2)]
+    assert [len(real) for _, real, _ in drawn] == [4, 4, 4]
+    SampleGrid()._keep(Generating(), {"image": 1})
 
 
 def test_curves_have_a_point_for_each_epoch_and_survive_a_resume(tmp_path: Path) -> None:

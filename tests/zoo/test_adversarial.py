@@ -109,8 +109,9 @@ def test_penalty_leaves_the_samples_alone_and_works_without_gradients() -> None:
     def critic(x: Tensor) -> Tensor:
         return (weight * x).sum((1, 2), keepdim=True)
 
-    with torch.no_grad():
-        assert float(gradient_penalty(critic, real, fake)) == pytest.approx((math.sqrt(6) - 1) ** 2)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert float(gradient_penalty(critic, real + 0, fake + 0)) == pytest.approx((math.sqrt(6) - 1) ** 2)
     penalty = gradient_penalty(critic, real, fake)
     penalty.backward()
     assert real.grad is None

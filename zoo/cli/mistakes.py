@@ -36,12 +36,12 @@ def sentence(error: BaseException) -> str | None:
 def _class_names(option: str) -> list[str]:
     """Short class names that an option takes."""
     leaf = option.lstrip("-").rpartition(".")[2]
-    if leaf in ("optimizer", "lr_scheduler"):
+    if leaf.endswith(("optimizer", "lr_scheduler")):  # a model may have several
         import torch
 
-        module, base = (torch.optim, "Optimizer") if leaf == "optimizer" else (torch.optim.lr_scheduler, "LRScheduler")
+        module, base = (torch.optim, "Optimizer") if leaf.endswith("optimizer") else (torch.optim.lr_scheduler, "LRScheduler")
         names = [name for name, value in vars(module).items() if isinstance(value, type) and issubclass(value, getattr(module, base))]
-        return names if leaf == "optimizer" else [*names, "WarmupCosineLR"]
+        return names if leaf.endswith("optimizer") else [*names, "WarmupCosineLR"]
     return {"model": list(zoo.MODELS), "data": list(datamodules.DATAMODULES), "callbacks": list(callbacks.CALLBACKS)}.get(leaf, [])
 
 

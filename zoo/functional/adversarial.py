@@ -86,7 +86,7 @@ def interpolated_gradient_norms(critic: Callable[[Tensor], Tensor], real: Tensor
     share = torch.rand(len(real), device=real.device) if key is None else uniform(key)
     share = share.to(real.dtype).view(-1, *[1] * (real.dim() - 1))
     # In inference mode or under no_grad there would be no gradient to take the norm of.
-    with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
         points = (share * real + (1 - share) * fake).requires_grad_()
         scores = critic(points)
         if scores.numel() != len(points):
