@@ -48,7 +48,22 @@ def test_scores(script: ModuleType) -> None:
 
 def test_a_series_goes_on(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     write_hdf5(tmp_path / "digits.h5", DigitsDataModule(image_size=16).arrays)
-    options = ["--n", "80", "--folds", "2", "--kinds", "pair", "--epochs", "1", "--fold-epochs", "1", "--accelerator", "cpu"]
+    options = [
+        "--n",
+        "80",
+        "--folds",
+        "2",
+        "--kinds",
+        "pair",
+        "--rates",
+        "0.2",
+        "--epochs",
+        "1",
+        "--fold-epochs",
+        "1",
+        "--accelerator",
+        "cpu",
+    ]
     tables = []
     for seeds in (["0"], ["0", "1"]):
         command = ["label_cleaning.py", str(tmp_path / "digits.h5"), *options, "--runs", str(tmp_path / "runs"), "--seeds", *seeds]

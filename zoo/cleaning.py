@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -134,6 +135,7 @@ def clean_labels(
     Raises:
         ValueError: if a setting is out of range, there are no labels or only one class, a model gives other than finite logits `(B, C)`,
             `output` was made with other settings or data, or cleanlab is needed and not installed.
+
     Example:
         >>> data = DigitsDataModule()
         >>> make = lambda data: ImageClassifier(data.num_classes, backbone="conv4", in_channels=1)
@@ -152,10 +154,9 @@ def clean_labels(
         raise ValueError(
             f"{views} views would be alike, as {type(datamodule).__name__} does not augment: give it an augmentation, or 1 view"
         )
-    if weights is not None and tuple(weights.shape) != (num_models, views):
-        raise ValueError(f"weights must have shape (models, views) = ({num_models}, {views}), got {tuple(weights.shape)}")
+    fuse(torch.zeros(num_models, views, 1, 1), weights)  # refuses wrong weights before any work is done
     if filter_by is not None:
-        _find_label_issues(filter_by)  # refused before any work is done
+        _find_label_issues(filter_by)
     index = _labelled(datamodule, splits, say)
     label = datamodule.arrays.label[index]
     fold = assign_folds(label, folds, seed)
@@ -169,6 +170,8 @@ def clean_labels(
     settings = json.dumps({**identity, **(recipe or {})}, indent=1, default=str)
     with TemporaryDirectory() as temporary:
         work = _Work(make_model, datamodule, make_trainer, Path(output or temporary), index, fold, scheme, views, seed, settings)
+        if not (work.output / "settings.json").is_file():
+            work.try_out()
         with _only_user(work.output, settings):
             _train_missing(work, folds, num_models, jobs, say)
             fused = [_fused(work, number, num_models, weights, datamodule.num_classes) for number in range(folds)]
@@ -192,6 +195,7 @@ def find_issues(probabilities: Tensor, label: Tensor, filter_by: Filter = "prune
     Raises:
         ValueError: if there is no such filter, or cleanlab is not installed.
 
+    Example:
         >>> find_issues(torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.9, 0.1]]), torch.tensor([0, 1, 1])).shape
         torch.Size([3])
 
@@ -330,8 +334,7 @@ class _Work:
 
     def try_out(self) -> None:
         """Refuse what is no classifier before it is trained."""
-        with _untouched(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _untouched():
             self._predict(self.make_model(self.datamodule), torch.device("cpu"), self.index[:2])
 
     def write_settings(self) -> None:
@@ -350,11 +353,10 @@ class _Work:
 
     def _logits(self, number: int, model: int) -> Tensor:
         data, trains = self.datamodule, self.trains(number)
-        before = data.arrays.split
+        before, attached = data.arrays.split, data.trainer
         split = torch.full_like(before, _UNUSED)
         split[self.index[trains]] = _TRAIN
-        with _untouched(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _untouched():
             try:
                 data.reassign(split=split)
                 seed_everything(int(fold_in(self.seed, _MODEL, number, model)) & 0x7FFFFFFF, verbose=False)
@@ -368,7 +370,7 @@ class _Work:
                     raise
                 logits = self._predict(module, trainer.strategy.root_device, self.index[~trains])
             finally:
-                data.trainer = None
+                data.trainer = attached
                 data.reassign(split=before)
         if not bool(logits.isfinite().all()):
             raise ValueError(
@@ -413,7 +415,11 @@ def _untouched() -> Iterator[None]:
     try:
         for logger in loggers.values():
             logger.setLevel(logging.WARNING)
-        with isolate_rng():
+        with isolate_rng(), warnings.catch_warnings():
+            # What Lightning would rather see, such as loaders with workers; and what torch says to it.
+            warnings.filterwarnings("ignore", category=PossibleUserWarning)
+            for message in (".*LeafSpec.*is deprecated.*", "You passed in a `val_dataloader`"):
+                warnings.filterwarnings("ignore", message=message)
             yield
     finally:
         for name, logger in loggers.items():
@@ -438,7 +444,6 @@ def _train_missing(work: _Work, rounds: int, num_models: int, jobs: int, say: Ca
     if len(missing) < len(every):
         say(f"{len(every) - len(missing)} of {len(every)} models were trained before")
     if missing:
-        work.try_out()
         work.write_settings()
     start = time.monotonic()
     for done, (number, model) in enumerate(_finished(work, missing, jobs), start=1):

@@ -179,6 +179,10 @@ def test_clouds(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--filter", "bst", *FOLDER], "cleanlab has no filter 'bst'; there are: prune_by_noise_rate"),
         (["--show", "0", *FOLDER], "--show must be at least 1, got 0"),
         (["--trainer.devices", "2", *FOLDER], "trains each model on one device: give --trainer.devices 1, and --jobs for several"),
+        (
+            ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss", *FOLDER],
+            "label cleaning does not validate, so EarlyStopping would wait for ever: leave it out of --trainer.callbacks",
+        ),
         (["--output", "tiny.yaml"], "--output tiny.yaml is a file: give a folder"),
         (["--output", "."], "--output . holds other files: give a new folder, or one of an earlier `litzoo clean`"),
         (["--decisions", "d.csv", *FOLDER], "--decisions says what goes into the cleaned copy: give --apply FILE.h5 too"),

@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import sys
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from pydoc import locate
@@ -98,13 +97,12 @@ def clean(arguments: list[str]) -> int:
         0
     """
     keep_freed_memory()
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     _import_short_names()
     options = _parse(arguments)
     parts = {part: options[part].as_dict() for part in _PARTS}
     data = _instantiate("data", parts["data"])
     _check(options, data)
-    trainer = _one_device(parts["trainer"], parts["model"])
+    trainer = _checked_trainer(parts["trainer"], parts["model"])
     decisions = None if options.decisions is None else read_decisions(options.decisions, data.class_names)
     if options.apply is not None:
         from ...datamodules.hdf5_writing import check_target
@@ -176,7 +174,7 @@ def _parse(arguments: list[str]) -> Any:
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=["train"], help="whose labels to clean; no other split is read")
     parser.add_argument("--jobs", type=int, default=1, help="processes, which train a model each and share the cores")
     parser.add_argument("--show", type=int, default=300, help="samples on the review page, at most")
-    parser.add_argument("--apply", type=Path | None, default=None, help="write a cleaned copy of all splits to this new .h5 file")
+    parser.add_argument("--apply", type=Path | None, default=None, help="write a cleaned copy of all splits, packed, to this new .h5 file")
     help_text = "give samples to review their proposed label in the copy, or leave them out"
     parser.add_argument("--apply_by", choices=["relabel", "drop"], default="relabel", help=help_text)
     help_text = "apply only what was accepted in this CSV file, which the review page downloads"
@@ -209,10 +207,16 @@ def _check(options: Any, data: Any) -> None:
         raise CommandError("--decisions says what goes into the cleaned copy: give --apply FILE.h5 too")
 
 
-def _one_device(trainer: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's settings for one device, in the precision that `fit` would choose."""
+def _checked_trainer(trainer: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's settings for one device and no validation, in the precision that `fit` would choose."""
     if trainer.get("devices") not in (None, "auto", 1, "1") or trainer.get("num_nodes", 1) != 1:
         raise CommandError("litzoo clean trains each model on one device: give --trainer.devices 1, and --jobs for several models at once")
+    for callback in trainer.get("callbacks") or []:
+        if callback["class_path"].endswith("EarlyStopping") and str(callback["init_args"].get("monitor")).startswith("val"):
+            raise CommandError(
+                "label cleaning does not validate, so EarlyStopping would wait for ever: leave it out of --trainer.callbacks, and say with "
+                "--trainer.max_epochs how long to train"
+            )
     chosen = {**trainer, "devices": 1, "num_nodes": 1}
     if trainer.get("precision") is None and getattr(_class_of(model), "prefers_bf16", False):
         chosen["precision"] = native_precision(str(trainer.get("accelerator")))
