@@ -57,7 +57,8 @@ def select_samples(
             there are no samples.
 
     Example:
-        >>> found = select_samples(production, [first, second], DigitsDataModule(), views="shifts")
+        >>> data = DigitsDataModule()
+        >>> found = select_samples(production, [first, second], data, views="shifts")
         >>> data.train_index[found.order[:100]]  # label these next
 
     Source:
@@ -72,14 +73,14 @@ def select_samples(
     if not models and not others and rank == "disagreement":
         raise ValueError("one model alone cannot disagree with itself: give models, or views, or rank by entropy")
     shares = None if weights is None else _weights(weights, len(members))
-    select(torch.ones(0, 2), torch.ones(0, 2), threshold=threshold, rank=rank)  # of settings that would be refused after the first batch
+    select(torch.ones(0, 2), torch.ones(0, 2), threshold=threshold, rank=rank)  # refuses settings before any work
 
     found: list[Selection] = []
     with ExitStack() as stack:
         for model in {id(model): model for model in (production, *members)}.values():
             stack.enter_context(evaluating(model))
-        bar = tqdm(_inputs(data), total=_length(data), leave=False, disable=None if progress else True)
-        for inputs_of in bar:  # None: not where nobody watches
+        watched = None if progress else True  # None: not where nobody watches
+        for inputs_of in tqdm(_inputs(data), total=_length(data), leave=False, disable=watched):
             predicted = _logits(production, inputs_of(production), (), called[0])[0]
             scores = torch.stack(
                 [
