@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..zoo.functional.views import Merge, ViewPreset, check_merge, over_views, resolve_views
+from ..zoo.functional.views import Merge, View, check_merge, over_views, resolve_views
 from .guards import refuse
 
 
@@ -52,15 +52,13 @@ class TestTimeAugmentation(Callback):
 
     def __init__(
         self,
-        views: ViewPreset | Sequence[Callable[[Tensor], Tensor]] = "flip",
-        merge: Merge | Callable[[list[Any]], Any] = "probabilities",
+        views: str | Sequence[Callable[[Tensor], Tensor]] = "flip",
+        merge: str | Callable[[list[Any]], Any] = "probabilities",
         target: str | None = None,
         validation: bool = False,
     ) -> None:
-        check_merge(merge)
-        resolve_views(views)  # refused now, not in a test after the training
-        self.views: ViewPreset | Sequence[Callable[[Tensor], Tensor]] = views
-        self.merge: Merge | Callable[[list[Any]], Any] = merge
+        self.merge = check_merge(merge)
+        self.views = resolve_views(views)
         self.target = target
         self.validation = validation
         self._forward: _ForwardOverViews | None = None
@@ -105,7 +103,7 @@ class TestTimeAugmentation(Callback):
                 raise refuse(
                     self, f"finds no submodule {self.target!r} in {type(pl_module).__name__}", f"set target to one, such as {known}"
                 ) from None
-        self._forward = _ForwardOverViews(module, resolve_views(self.views), self.merge)
+        self._forward = _ForwardOverViews(module, self.views, self.merge)
 
     def _finish(self, pl_module: LightningModule, batches: float | Iterable[Any]) -> None:
         forward, name = self._forward, "forward" if self.target is None else f"the forward of {self.target}"
@@ -126,7 +124,7 @@ class TestTimeAugmentation(Callback):
 class _ForwardOverViews:
     """Stands for a module's `forward` until it is removed; a class of its own, so that the module can still be copied and pickled."""
 
-    def __init__(self, module: nn.Module, views: Sequence[Callable[[Tensor], Tensor]], merge: Any) -> None:
+    def __init__(self, module: nn.Module, views: Sequence[View], merge: Merge | Callable[[list[Any]], Any]) -> None:
         self.module = module
         self.views = views
         self.merge = merge

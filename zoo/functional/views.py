@@ -152,7 +152,7 @@ VIEWS: dict[str, tuple[View, ...]] = {
 }
 
 
-def resolve_views(views: ViewPreset | Sequence[View]) -> tuple[View, ...]:
+def resolve_views(views: str | Sequence[View]) -> tuple[View, ...]:
     """The views of a preset, or the given ones; the batch as it is comes besides, and is none of them.
 
     Args:
@@ -173,10 +173,9 @@ def resolve_views(views: ViewPreset | Sequence[View]) -> tuple[View, ...]:
         if views not in VIEWS:
             raise ValueError(f"views must be a sequence of functions or one of {', '.join(get_args(ViewPreset))}; got {views!r}")
         return VIEWS[views]
-    functions = cast(Sequence[View], views)
-    if not isinstance(functions, Sequence) or not all(map(callable, functions)):
+    if not isinstance(views, Sequence) or not all(map(callable, views)):
         raise TypeError(f"views must be a sequence of functions from inputs to inputs, or the name of a preset; got {views!r}")
-    return tuple(functions)
+    return tuple(cast(Sequence[View], views))
 
 
 # The mean over views
@@ -260,14 +259,18 @@ def _check_output(output: Any, merge: str) -> None:
     raise ValueError(f"merge={merge!r} averages {wanted}, but the output is {found}: give a function of the list of outputs as merge")
 
 
-def check_merge(merge: Any) -> None:
+def check_merge(merge: str | Callable[[list[Any]], Any]) -> Merge | Callable[[list[Any]], Any]:
     """Refuse what `over_views` does not take.
 
     Args:
         merge: "probabilities", "logits" or a function.
+
+    Returns:
+        The same.
 
     Raises:
         ValueError: if it is something else.
     """
     if not callable(merge) and merge not in get_args(Merge):
         raise ValueError(f"merge must be one of {', '.join(get_args(Merge))}, or a function of the list of outputs; got {merge!r}")
+    return cast(Merge | Callable[[list[Any]], Any], merge)

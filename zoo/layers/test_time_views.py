@@ -41,10 +41,9 @@ class TestTimeViews(nn.Module):
         self, model: nn.Module, views: ViewPreset | Sequence[View] = "flip", merge: Merge | Callable[[list[Any]], Any] = "probabilities"
     ) -> None:
         super().__init__()
-        check_merge(merge)
         self.model = model
         self.views = resolve_views(views)
-        self.merge = merge
+        self.merge = check_merge(merge)
 
     def forward(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Inputs of the network -> its merged output; further arguments are the same for each view."""
