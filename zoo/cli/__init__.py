@@ -15,6 +15,7 @@ COMMANDS = {
     "show": "pictures of data, augmented views, critical points and embeddings: litzoo show data --config pointnet_furniture",
     "clean": "find wrong labels: litzoo clean --config classifier_digits --output cleaning",
     "select": "which samples to label next: litzoo select photos --production now.safetensors --models a.ckpt b.ckpt --output next",
+    "report": "one page about a run: litzoo report runs/classifier_digits",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }
@@ -134,6 +135,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from .select import select
 
         return select(arguments)
+    if command == "report":
+        from .report import report
+
+        return report(arguments)
     if command == "export":
         from .export import export
 

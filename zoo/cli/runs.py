@@ -62,12 +62,13 @@ def read_checkpoint(path: Path, to_resume: bool = True) -> dict[str, Any]:
     return checkpoint
 
 
-def find_checkpoint(folder: Path, which: str) -> Path:
+def find_checkpoint(folder: Path, which: str, version: str = "version_*") -> Path:
     """The `last` or `best` checkpoint of the newest run in a folder that has one; the last is the best if nothing was to choose by.
 
     Args:
         folder: `ROOT/NAME`.
         which: "last" or "best".
+        version: name of the run's folder, if it is not the newest one.
 
     Returns:
         The checkpoint file.
@@ -75,7 +76,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     Raises:
         CommandError: if there is none.
     """
-    last = max(folder.glob("version_*/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+    last = max(folder.glob(f"{version}/checkpoints/last.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
     if last is None:
         raise CommandError(f"there is no checkpoint under {folder}: train first, or give a file with --ckpt_path")
     if which == "last":
