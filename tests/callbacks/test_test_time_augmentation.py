@@ -178,6 +178,20 @@ def test_together_with_snapshots(first: bool, tmp_path: Path) -> None:
         assert "forward" not in vars(model)
 
 
+def test_an_exception_under_another_forward(tmp_path: Path) -> None:
+    """Another callback's forward is on top and goes first: what is left does nothing, and the next run clears it away."""
+    model = Net()
+    trainer = make_trainer(tmp_path, TestTimeAugmentation(VIEWS), SnapshotEnsemble(1, dirpath=tmp_path / "snapshots"))
+    trainer.fit(model, Loader(batches(0)), Loader(PAIRS))
+    plain = by_hand(model, PAIRS[:1], views=[])
+    with pytest.raises(RuntimeError):
+        trainer.predict(model, Loader([(torch.zeros(1, 7), torch.zeros(1))]))
+    with torch.no_grad():
+        torch.testing.assert_close(model(PAIRS[0][0]).double().softmax(1), plain, atol=1e-6, rtol=0)
+    trainer.predict(model, Loader(PAIRS))
+    assert "forward" not in vars(model)
+
+
 def digit_classifier() -> ImageClassifier:
     return ImageClassifier(num_classes=10, image_size=16, in_channels=1, backbone="conv4")
 
