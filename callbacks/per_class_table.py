@@ -1,5 +1,6 @@
 """Precision, recall and F1 of each class after a test."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -72,9 +73,12 @@ class PerClassTable(Callback):
         """Every process must call it."""
         matrix = self._confusion.total(trainer, pl_module)
         folder = output_folder(trainer)
-        if matrix is None or not trainer.is_global_zero:
+        if matrix is None:
             return
-        rows = _rows(matrix, class_names_of(trainer, pl_module, self.class_names, len(matrix)), self._groups(trainer, len(matrix)))
+        groups = self._groups(trainer, len(matrix))  # on every process, so that all of them stop at a mistake
+        if not trainer.is_global_zero:
+            return
+        rows = _rows(matrix, class_names_of(trainer, pl_module, self.class_names, len(matrix)), groups)
         width = max(len(row[0]) for row in rows)
         lines = [f"{'class':<{width}}  precision  recall     f1  samples"]
         for name, precision, recall, f1, samples in rows[:-1]:
@@ -88,10 +92,14 @@ class PerClassTable(Callback):
 
     def _groups(self, trainer: Any, num_classes: int) -> dict[str, list[int]]:
         """Classes by their number of training samples; none where all belong together."""
-        counts = self.train_counts or getattr(getattr(trainer, "datamodule", None), "class_counts", None) or []
-        if self.train_counts and len(counts) != num_classes:
-            raise ValueError(f"PerClassTable: train_counts has {len(counts)} entries, but there are {num_classes} classes")
-        groups = shot_groups(counts[:num_classes], self.many, self.few)
+        if self.train_counts is not None and len(self.train_counts) != num_classes:
+            raise ValueError(f"PerClassTable: train_counts has {len(self.train_counts)} entries, but there are {num_classes} classes")
+        counts = self.train_counts or getattr(getattr(trainer, "datamodule", None), "class_counts", None)
+        if isinstance(counts, Mapping):
+            counts = counts.values()
+        # Somebody else's may be a tensor, or something of another meaning.
+        numbers = [int(count) for count in counts] if isinstance(counts, Iterable) else []
+        groups = shot_groups(numbers[:num_classes], self.many, self.few)
         limits = {"many": f"more than {self.many}", "medium": f"{self.few} to {self.many}", "few": f"fewer than {self.few}"}
         return {f"{name} ({limits[name]})": classes for name, classes in groups.items()} if len(groups) > 1 else {}
 

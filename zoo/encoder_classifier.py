@@ -110,7 +110,7 @@ class EncoderClassifier(LightningModule):
         super().__init__()
         _check_settings(num_classes, class_names, head, freeze, label_smoothing, k, temperature, tau, cache_features, lr, encoder_lr_factor)
         model, description = resolve_encoder(encoder)
-        classifier = getattr(model, "head", None)
+        classifier, its_classes = getattr(model, "head", None), model.hparams.get("class_names")
         while isinstance(model, EncoderClassifier):  # whose own encoder is meant: a frozen one would pass no gradient on
             model, description = model.encoder, description["hparams"]["encoder"]
         self.save_hyperparameters(ignore=["optimizer", "lr_scheduler", "encoder"])
@@ -141,6 +141,7 @@ class EncoderClassifier(LightningModule):
             self.head = RescaledHead(self.num_features, num_classes, tau if head == "tau_normalized" else None)
             if isinstance(encoder, str):  # else it is built for weights that come
                 self.head.take(_classifier_weight(classifier, self.head.weight.shape, encoder))
+                _check_same_classes(its_classes, class_names, encoder)
         # What raw inputs are, and what `predict` does to them.
         self.image_input = getattr(model, "image_input", None)
         self.normalization = getattr(model, "normalization", None)
@@ -214,8 +215,8 @@ class EncoderClassifier(LightningModule):
 
     @torch.no_grad()
     def ood_score(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """How strange raw inputs are to the training data, the higher the stranger: for "linear" the energy -log sum_c exp(logit_c) (Liu
-        et al.), for "knn" 1 - cos to the k-th nearest training feature (Sun et al.), for "class_means" 1 - the largest cosine.
+        """How strange raw inputs are to the training data, the higher the stranger: for "knn" 1 - cos to the k-th nearest training feature
+        (Sun et al.), for "class_means" 1 - the largest cosine, for the others the energy -log sum_c exp(logit_c) (Liu et al.).
 
         Args:
             inputs: as for `predict`.
@@ -266,13 +267,10 @@ class EncoderClassifier(LightningModule):
                 self._check_without_cache(obstacle)
                 return
             self._cache = FeatureCache(trainer.datamodule, trainer.limit_train_batches)
-        elif self._wants_features:
-            if not hasattr(trainer.datamodule, "eval_train_dataloader"):
-                raise ValueError(
-                    "neighbours and class means want the training set as it is: give a DataModule with eval_train_dataloader()"
-                )
-            if trainer.world_size > 1:
-                raise ValueError("neighbours and class means are collected in one process: set trainer.devices to 1")
+        elif trainer.world_size > 1:  # strategies of several processes want something to learn
+            raise ValueError("a head that learns nothing by gradient is made in one process: set trainer.devices to 1")
+        elif self._wants_features and not hasattr(trainer.datamodule, "eval_train_dataloader"):
+            raise ValueError("neighbours and class means want the training set as it is: give a DataModule with eval_train_dataloader()")
         self.automatic_optimization = False
         self._short_epochs.begin(trainer, validated=not self._learns)
 
@@ -469,6 +467,13 @@ def _classifier_weight(classifier: Any, shape: torch.Size, encoder: str) -> Tens
     if classifier.out_features != shape[0]:
         raise ValueError(f"the classifier of {encoder} tells {classifier.out_features} classes apart, but num_classes is {shape[0]}")
     return classifier.weight
+
+
+def _check_same_classes(known: list[str] | None, names: list[str] | None, encoder: str) -> None:
+    """Of a classifier that is taken over: its rows are its own classes, in their order."""
+    for cls, (own, name) in enumerate(zip(known or (), names or (), strict=False)):
+        if own != name:
+            raise ValueError(f"class {cls} of {encoder} is {own!r}, but here {name!r}: head linear learns other classes, or another order")
 
 
 def _check_labels(data: Any) -> None:

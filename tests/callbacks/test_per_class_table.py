@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from sklearn import metrics
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -101,6 +101,18 @@ def test_counts_for_other_classes_are_refused(tmp_path: Path) -> None:
         trainer.test(Plain(), DataLoader(dataset(), batch_size=8), verbose=False)
     with pytest.raises(ValueError, match="0 <= few <= many"):
         PerClassTable(many=1, few=2)
+
+
+@pytest.mark.parametrize("counts", [torch.tensor([300, 7, 101, 100]), {"ant": 300, "bee": 7, "centipede": 101, "x": 100}, lambda: None])
+def test_counts_of_somebody_elses_data(counts: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Data(LightningDataModule):
+        class_counts = staticmethod(counts) if callable(counts) else counts
+
+        def test_dataloader(self) -> DataLoader[Any]:
+            return DataLoader(dataset(), batch_size=8)
+
+    make_trainer(tmp_path).test(Plain(), datamodule=Data(), verbose=False)
+    assert ("few (fewer than 20)" in capsys.readouterr().out) != callable(counts)
 
 
 def test_fit_prints_no_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

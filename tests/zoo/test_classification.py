@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -124,8 +125,8 @@ def test_balanced_weights_are_those_of_scikit_learn() -> None:
     assert class_balanced_weights([4, 0, 4])[1] == 0
 
 
-@pytest.mark.parametrize("counts", [[], [0, 0], [3, -1]])
-def test_impossible_counts_are_refused(counts: list[int]) -> None:
+@pytest.mark.parametrize("counts", [[], [0, 0], [3, -1], [3, math.nan], [[3, 1], [1, 1]]])
+def test_impossible_counts_are_refused(counts: Any) -> None:
     for weigh in (class_balanced_weights, effective_number_weights):
         with pytest.raises(ValueError, match="class_counts"):
             weigh(counts)

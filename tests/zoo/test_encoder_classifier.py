@@ -583,7 +583,7 @@ def test_two_processes_equal_one(tmp_path: Path, two_processes: Callable[..., No
     assert found["steps"] == trainer.global_step
     torch.testing.assert_close(found["head"], tensors(model.head), rtol=1e-5, atol=1e-7)
     monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(ValueError, match=r"collected in one process: set trainer\.devices to 1"):
+    with pytest.raises(ValueError, match=r"made in one process: set trainer\.devices to 1"):
         fit(model_of(head="knn"))
     with pytest.raises(ValueError, match="cannot be cached, because there are several processes"):
         fit(model_of(cache_features=True))

@@ -29,7 +29,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A classifier that was trained on many zeros and few nines."""
     seed_everything(0)
     data = DigitsDataModule(**DATA)
-    model = ImageClassifier(10, backbone="conv4", in_channels=1, image_size=8, image_mean=data.image_mean, image_std=data.image_std)
+    model = ImageClassifier(
+        10, data.class_names, backbone="conv4", in_channels=1, image_size=8, image_mean=data.image_mean, image_std=data.image_std
+    )
     Trainer(**QUIET, max_epochs=3).fit(model, datamodule=data)
     path = tmp_path_factory.mktemp("trained") / "classifier.safetensors"
     litzoo.save(model, path, {}, half=False)
@@ -143,12 +145,21 @@ def test_each_remedy_finds_more_of_the_rare_classes(trained: str) -> None:
         ({"tau": -0.5}, "tau and encoder_lr_factor not negative"),
         ({"freeze": False}, "takes the encoder as it is: leave freeze true"),
         ({"lr": 0.1}, "learns nothing by gradient: leave lr out"),
+        ({"class_names": list("1023456789")}, r"class 0 of .* is '0', but here '1'"),
         ({"encoder": "pointnet_furniture", "num_classes": 11}, "has no linear classifier on its features to rescale"),
     ],
 )
 def test_what_cannot_be_rescaled_is_refused(trained: str, settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         EncoderClassifier(**{"encoder": trained, "num_classes": 10, "head": "tau_normalized", **settings})
+
+
+def test_several_processes_are_refused_where_nothing_is_learned(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP wraps no module without a gradient."""
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    model = EncoderClassifier(trained, 10, head="tau_normalized")
+    with pytest.raises(ValueError, match=r"learns nothing by gradient is made in one process: set trainer\.devices to 1"):
+        Trainer(**QUIET, max_epochs=1).fit(model, datamodule=DigitsDataModule(**DATA))
 
 
 def test_a_head_without_weights_says_so() -> None:

@@ -71,3 +71,6 @@ def test_half_precision_and_refusal() -> None:
     assert not SoftThreshold(4)(torch.zeros(2, 4, 3)).any()
     with pytest.raises(ValueError, match=r"must be \(batch, channels, positions ...\), got \(2, 4\)"):
         module(torch.zeros(2, 4))
+    with pytest.raises(ValueError, match="at least two samples, got one: set drop_last"):
+        module(x[:1])
+    assert module.eval()(x[:1]).shape == (1, 4, 6)

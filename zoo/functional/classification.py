@@ -100,7 +100,7 @@ def make_class_weights(kind: ClassWeights, class_counts: Sequence[int] | None, b
 
 def _checked_counts(class_counts: Sequence[int] | Tensor) -> Tensor:
     counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.numel() == 0 or (counts < 0).any() or counts.sum() == 0:
+    if counts.dim() != 1 or not (counts >= 0).all() or not counts.sum() > 0:  # NaN is neither
         raise ValueError(f"class_counts must be counts of samples with at least one above 0, got {counts.tolist()}")
     return counts
 

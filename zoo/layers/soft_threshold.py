@@ -24,15 +24,15 @@ class SoftThreshold(nn.Module):
     """Soft thresholding of each sample by thresholds made from it: tau = alpha mean |x|, alpha = sigmoid(net(GAP |x|)).
 
     GAP is the mean over all positions of a channel, the net two linear layers with BatchNorm and ReLU between. Channel-wise, each
-    channel has its alpha and its mean of |x|; shared, one alpha and the mean over all channels make one tau for the sample. As
-    alpha < 1, no threshold removes all of a channel.
+    channel has its alpha and its mean of |x|, so that no threshold removes all of a channel, as alpha < 1; shared, one alpha and the mean
+    over all channels make one tau for the sample, which may.
 
     Args:
         channels: C.
         shared: one threshold for all channels of a sample (DRSN-CS) instead of one each (DRSN-CW).
 
     Raises:
-        ValueError: in `forward`, if the input has no positions.
+        ValueError: in `forward`, if the input has no positions, or a training batch is a single sample.
 
     Example:
         >>> SoftThreshold(16)(torch.randn(4, 16, 8, 8)).shape
@@ -60,6 +60,8 @@ class SoftThreshold(nn.Module):
             raise ValueError(
                 f"thresholds are made from positions: the input must be (batch, channels, positions ...), got {tuple(x.shape)}"
             )
+        if len(x) == 1 and self.net[1].training:  # BatchNorm over the batch alone
+            raise ValueError("thresholds are trained on batches of at least two samples, got one: set drop_last, or another batch size")
         average = x.abs().mean(dim=tuple(range(2, x.dim())))
         scale = average.mean(dim=1, keepdim=True) if self.shared else average
         threshold = self.net(average).to(x.dtype) * scale
