@@ -28,6 +28,7 @@ _EXPORTS = {
     "clean_labels": "cleaning",
     "create_backbone": "backbones",
     "critical_points": "critical_sets",
+    "from_published": "published",
     "list_models": "pretrained",
     "load": "pretrained",
     "load_encoder": "pretrained",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from .pretrained import load as load
     from .pretrained import load_encoder as load_encoder
     from .pretrained import save as save
+    from .published import from_published as from_published
     from .relational_reasoning import RelationalReasoning as RelationalReasoning
     from .selection import select_samples as select_samples
     from .supcon import SupConEncoder as SupConEncoder

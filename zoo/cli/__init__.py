@@ -17,6 +17,7 @@ COMMANDS = {
     "select": "which samples to label next: litzoo select photos --production now.safetensors --models a.ckpt b.ckpt --output next",
     "report": "one page about a run: litzoo report runs/classifier_digits",
     "export": "turn a Lightning checkpoint into a weights file that litzoo.load reads",
+    "import": "turn a checkpoint of another repository into one: litzoo import last.pth --layout supcontrast",
     "list": "models, trained weights, recipes, data sets and callbacks",
 }
 _TRAINING = ("fit", "validate", "test")
@@ -143,6 +144,10 @@ def _dispatch(command: str, arguments: list[str]) -> int:
         from .export import export
 
         return export(arguments)
+    if command == "import":
+        from .import_published import import_published
+
+        return import_published(arguments)
     raise CommandError(f"no command {command!r}; {did_you_mean(command, list(COMMANDS))}")
 
 
