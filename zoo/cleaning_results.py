@@ -112,7 +112,7 @@ def write_review(
         >>> write_review("cleaning/review.html", result, data)
         26
     """
-    from .plots.review import ReviewItem, write_review_html
+    from .plots.review import ReviewItem, sample_picture, write_review_html
 
     if show < 1:
         raise ValueError(f"show must be at least 1, got {show}")
@@ -126,7 +126,7 @@ def write_review(
     items = []
     for place in chosen.tolist():
         index = int(result.index[place])
-        png, text = _picture(datamodule.arrays, index)
+        png, text = sample_picture(datamodule.arrays, index)
         items.append(
             ReviewItem(
                 index,
@@ -147,20 +147,6 @@ def write_review(
         note += f" The first {len(items):,} are shown, {left:,} more are in labels.csv."
     write_review_html(path, items, result.class_names, title or "Labels to review", note)
     return len(items)
-
-
-def _picture(arrays: Any, index: int) -> tuple[bytes | None, str]:
-    """A PNG of a sample; of one that is neither an image nor a cloud, its numbers."""
-    from .plots.review import cloud_png, image_png
-
-    sample = arrays.input[index]
-    if sample.dim() == 3 and sample.dtype == torch.uint8 and sample.shape[0] in (1, 3):
-        return image_png(sample.permute(1, 2, 0).numpy()), ""
-    if sample.dim() == 2 and sample.shape[1] == 3:
-        own = len(sample) if arrays.count is None else int(arrays.count[index])
-        return cloud_png(sample[:own].float().numpy()), ""
-    numbers = sample.flatten()
-    return None, ", ".join(f"{value:.4g}" for value in numbers[:40].tolist()) + (" ..." if len(numbers) > 40 else "")
 
 
 def read_decisions(path: str | os.PathLike[str], class_names: Sequence[str]) -> dict[int, int | None]:

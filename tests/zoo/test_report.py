@@ -3,15 +3,19 @@
 import math
 import re
 import xml.etree.ElementTree as ET
+from argparse import Namespace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
-from litzoo.datamodules import DigitsDataModule
+from litzoo.datamodules import DigitsDataModule, PatientsDataModule
+from litzoo.zoo import LogisticRegression
 from litzoo.zoo.cli import main
+from litzoo.zoo.cli.report import _data_of_run, _epoch_of, _sample, _see
 from litzoo.zoo.plots.report import Report, Sample, Table, write_report_html
 from litzoo.zoo.plots.review import image_png
 from litzoo.zoo.plots.svg import line_chart, map_chart, matrix_chart, nice_ticks
@@ -51,6 +55,20 @@ def test_a_line_goes_through_its_values_and_breaks_where_there_are_none() -> Non
         line_chart({"x": ([0], [math.inf])}, "step")
     with pytest.raises(ValueError, match="2 positions and 1 values"):
         line_chart({"x": ([0, 1], [1.0])}, "step")
+
+
+def test_long_lines_are_thinned_to_what_can_be_seen_and_long_numbers_have_room() -> None:
+    values = np.random.default_rng(0).normal(size=20_000) * 1e-7 + 1.5e-4
+    root = ET.fromstring(line_chart({"lr": (np.arange(20_000).tolist(), values.tolist())}, "step"))
+    points = np.array([point.split(",") for point in next(root.iter("polyline")).attrib["points"].split()], dtype=float)
+    assert len(points) == 1200
+    assert (np.diff(points[:, 0]) >= 0).all()
+    whole = line_chart({"lr": ([0, 1], [values.min(), values.max()])}, "step")
+    assert points[:, 1].max() - points[:, 1].min() == pytest.approx(
+        np.ptp([float(y) for y in re.findall(r'cy="([\d.]+)"', whole)]), abs=0.2
+    )
+    ends = [element for element in root.iter("text") if element.attrib["text-anchor"] == "end"]
+    assert all(float(element.attrib["x"]) >= 6 * len(element.text or "") for element in ends), "no digit is cut off"
 
 
 @pytest.mark.parametrize("classes", [2, 21, 100])
@@ -180,11 +198,98 @@ def test_a_report_of_the_log_alone_needs_neither_model_nor_data(run: Path, tmp_p
     copy.mkdir(parents=True)
     for name in ("metrics.csv", "config.yaml"):
         (copy / name).write_bytes((run / name).read_bytes())
+    png = image_png(np.zeros((8, 8, 3), np.uint8))
+    for name in ("confusion_matrix/val.png", "neighbours/val.png", "samples/epoch_001.png", "samples/epoch_002.png", "samples/curve.png"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(png)
     assert main(["report", str(copy), "--log_only"]) == 0
     reader = Reader((copy / "report.html").read_text(encoding="utf-8"))
     assert "moved, version_3" in reader.text
     assert "Curves" in reader.text
     assert "Predictions" not in reader.text
+    page = (copy / "report.html").read_text(encoding="utf-8")
+    # The newest one of each kind, whatever the files of other kinds are called.
+    assert re.findall('alt="([^"]*)"', page) == ["confusion matrix val", "neighbours val", "samples curve", "samples epoch 002"]
+
+
+def test_steps_lie_on_the_axis_of_epochs() -> None:
+    """Of two epochs of 10 steps, validated twice in each, and a third one that was not finished."""
+    rows = [{"step": float(step), "loss": 1.0} for step in (0, 4, 14)]
+    rows += [{"step": step, "epoch": epoch} for step, epoch in ((4.0, 0.0), (9.0, 0.0), (14.0, 1.0), (19.0, 1.0))]
+    assert _epoch_of([0, 4, 9, 14, 19, 24], rows) == pytest.approx([0.1, 0.5, 1.0, 1.5, 2.0, 2.5])
+
+
+def test_a_value_of_an_option_is_not_taken_for_the_run(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("val").mkdir()
+    for name in ("metrics.csv", "config.yaml"):
+        (Path("val") / name).write_text("")
+    config = ["--config", str(run / "config.yaml")]
+    assert _data_of_run(["--split", "val", str(run)]) == config
+    assert _data_of_run(["--split=val", "--overwrite", str(run)]) == config
+    assert _data_of_run(["--split", "test", "val"]) == ["--config", "val/config.yaml"]
+    for others in (["--data", "DigitsDataModule"], ["--config=x"], ["--log-only"]):
+        assert _data_of_run([str(run), *others]) == []
+
+
+def fit(root: Path, recipe: str, *options: str) -> Path:
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.accelerator", "cpu"]
+    short = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1", "--data.num_points", "32", "--data.eval_points", "32"]
+    assert main(["fit", "--config", recipe, "--trainer.default_root_dir", str(root), *quiet, *short, *options]) == 0
+    return root / recipe / "version_0"
+
+
+def test_a_classifier_of_clouds_has_predictions_and_critical_points(tmp_path: Path) -> None:
+    run = fit(tmp_path, "pointnet_furniture")
+    assert main(["report", str(run), "--method", "none"]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for word in ("Most confidently wrong", "mean class accuracy", "confusion matrix of 11 classes"):
+        assert word in page
+    assert 'alt="Critical points of some objects' in page
+
+
+def test_a_segmenter_has_a_page_without_predictions(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with h5py.File(tmp_path / "parts.h5", "w") as file:
+        file["points"], file["label"] = rng.normal(size=(40, 32, 3)).astype(np.float32), np.arange(40) % 2
+        file["part"] = np.arange(40)[:, None] % 2 + rng.integers(0, 2, (40, 32)) * 2
+    run = fit(tmp_path, "pointnet_seg_psb", "--data.path", str(tmp_path / "parts.h5"))
+    assert main(["report", str(run), "--method", "pca"]) == 0
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "val/instance_miou" in page
+    assert "PCA of 4 val samples" in page
+    assert "Most confidently wrong" not in page
+
+
+def test_samples_that_are_no_pictures_show_their_numbers(tmp_path: Path) -> None:
+    data, index = PatientsDataModule(), int(PatientsDataModule().indices(1)[5])
+    model = LogisticRegression(2, 2, data.class_names)
+    seen = _see(model, data, Namespace(split="val", batch_size=None))
+    assert seen.probability is not None
+    assert seen.probability.shape == (32, 2)
+    card = _sample(data, index, "benign", "malignant", 0.25, 0.75)
+    first, second = data.arrays.input[index].tolist()
+    assert card == Sample(None, "benign, taken for malignant", f"25.0 % against 75.0 %, number {index}: {first:.4g}, {second:.4g}")
+
+
+def test_a_model_that_diverged_or_has_other_classes_is_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    names = checkpoint["hyper_parameters"]["class_names"]
+    for change, sentence in (
+        (
+            {"class_names": ["zero", *names[1:]]},
+            "knows the classes zero, 1, 2, 3, 4 ..., but those of DigitsDataModule are 0, 1, 2, 3, 4 ...: ",
+        ),
+        ({}, "other than finite numbers for 143 of 143 val samples, its training diverged: choose another --checkpoint, or add --log_only"),
+    ):
+        checkpoint["hyper_parameters"]["class_names"] = names
+        checkpoint["hyper_parameters"].update(change)
+        torch.save(checkpoint, tmp_path / "changed.ckpt")
+        output = tmp_path / "page.html"
+        assert main(["report", str(run), "--checkpoint", str(tmp_path / "changed.ckpt"), "--output", str(output)]) == 2
+        assert sentence in capsys.readouterr().err
+        assert not output.exists()
+        checkpoint["state_dict"]["head.bias"].fill_(math.nan)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from jsonargparse import ArgumentParser
 
+from ..batch import Batch
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
 
@@ -156,6 +157,38 @@ def check_agreement(model: Any, source: str, data: "ArrayDataModule") -> None:
             raise CommandError(f"{source} was made for {name} {value}, but that of {type(data).__name__} is {found}: {cure}")
 
 
+def prepared_batches(
+    model: Any, data: "ArrayDataModule", split: str, batch_size: int | None, progress: bool = True
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """The samples of a split, never augmented, in the order of the data set.
+
+    Args:
+        model: on its device.
+        data: what it was made for.
+        split: "train", "val" or "test".
+        batch_size: samples at a time; None takes that of the data.
+        progress: show a bar on standard error.
+
+    Yields:
+        A batch as it is stored, and what the model takes, on its device.
+
+    Raises:
+        CommandError: if `batch_size` is below 1.
+    """
+    from lightning.fabric.utilities import move_data_to_device
+    from tqdm import tqdm
+
+    if batch_size is not None and batch_size < 1:
+        raise CommandError(f"--batch_size must be at least 1, got {batch_size}")
+    data.eval_batch_size = batch_size or data.eval_batch_size
+    loader = {"train": data.eval_train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
+    device = next(model.parameters()).device
+    for batch in tqdm(loader, split, leave=False, disable=None if progress else True):  # None: where nobody watches
+        with torch.no_grad():
+            inputs = data.transform(move_data_to_device(batch, device)).input
+        yield batch, inputs
+
+
 def encode_split(model: Any, data: "ArrayDataModule", split: str, batch_size: int | None, progress: bool = True) -> Iterator[Encoded]:
     """Encode the samples of a split, never augmented, batch by batch, in the order of the data set.
 
@@ -172,17 +205,8 @@ def encode_split(model: Any, data: "ArrayDataModule", split: str, batch_size: in
     Raises:
         CommandError: if `batch_size` is below 1, or the model gives something else than features `(N, D)`.
     """
-    from lightning.fabric.utilities import move_data_to_device
-    from tqdm import tqdm
-
-    if batch_size is not None and batch_size < 1:
-        raise CommandError(f"--batch_size must be at least 1, got {batch_size}")
-    data.eval_batch_size = batch_size or data.eval_batch_size
-    loader = {"train": data.eval_train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
-    device = next(model.parameters()).device
-    for batch in tqdm(loader, split, leave=False, disable=None if progress else True):  # None: where nobody watches
+    for batch, inputs in prepared_batches(model, data, split, batch_size, progress):
         with torch.no_grad():
-            inputs = data.transform(move_data_to_device(batch, device)).input
             features = model.encode(inputs)
             embedding = None if hasattr(model, "predict") else model(inputs)
         for name, found in (("encode", features), ("forward", embedding)):

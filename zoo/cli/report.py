@@ -1,9 +1,12 @@
 """`litzoo report`: one page about a training, to read, to send and to keep."""
 
+import glob
 import os
 import platform
+import re
 from collections.abc import Mapping
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
@@ -13,7 +16,7 @@ import yaml
 
 from . import CommandError, is_config
 from .data_options import Parser, add_data_options, parse_with_data
-from .embed import SPLITS, add_encoding_options, check_agreement, check_split
+from .embed import SPLITS, add_encoding_options, check_agreement, check_split, prepared_batches
 from .runs import find_checkpoint, read_rows
 
 if TYPE_CHECKING:
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 _SHOWN = 12  # samples of a kind
 _CRITICAL = 4  # clouds whose critical points are drawn
 _LARGEST = 4 << 20  # bytes of a picture of the run, at most
+_LOG_ONLY = ("--log_only", "--log-only")
+_FLAGS = (*_LOG_ONLY, "--overwrite")
 _SETTINGS = ("seed_everything", "trainer.max_epochs", "trainer.max_steps", "trainer.precision", "trainer.accumulate_grad_batches")
 
 
@@ -61,21 +66,14 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--split", default="val", choices=SPLITS, help="which samples are predicted; choose nothing by the test split")
     parser.add_argument("--method", default="tsne", choices=[*get_args(Method), "none"], help="how features are drawn in a plane")
     parser.add_argument("--samples", type=int, default=1500, help="the most to draw in the plane")
-    parser.add_argument("--log_only", "--log-only", action="store_true", help="curves and configuration, without loading model and data")
+    parser.add_argument(
+        "--log_only", "--log-only", action="store_true", help="curves, pictures and configuration, without loading model and data"
+    )
     parser.add_argument("--output", type=Path, default=None, help="the .html file to write; by default report.html in the run's folder")
     parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     add_data_options(parser)
     add_encoding_options(parser)
-    # The data are those of the run, with what the command line changes, or others.
-    found = next(filter(None, (_run_at(argument) for argument in arguments if not argument.startswith("-"))), None)
-    told = (
-        found is not None
-        and (found / "config.yaml").is_file()
-        and not any(is_config(argument) or argument.partition("=")[0] == "--data" for argument in arguments)
-    )
-    options, data = parse_with_data(
-        parser, [*arguments, "--config", str(found / "config.yaml")] if told and found else arguments, "litzoo report shows"
-    )
+    options, data = parse_with_data(parser, [*arguments, *_data_of_run(arguments)], "without --log_only, litzoo report takes")
     run = _run_at(options.run)
     if run is None:
         raise CommandError(
@@ -91,6 +89,7 @@ def report(arguments: list[str]) -> int:
     if options.method != "none":
         check_method(options.method)
     page = _from_log(run)
+    page.pictures = {_title(path, run): path.read_bytes() for path in _newest_pictures(run)}
     if not options.log_only:
         if data is None:
             raise CommandError(f"{run} has no config.yaml that tells its data: say which with --data CLASS, or add --log_only")
@@ -101,9 +100,23 @@ def report(arguments: list[str]) -> int:
     return 0
 
 
+def _data_of_run(arguments: list[str]) -> list[str]:
+    """The option that takes the data from the run's configuration, which the command line may change, unless it names others or needs none."""
+    if any(is_config(argument) or argument.partition("=")[0] in ("--data", *_LOG_ONLY) for argument in arguments):
+        return []
+    # Not behind an option, whose value it would be.
+    positions = (
+        argument
+        for before, argument in pairwise(["", *arguments])
+        if not argument.startswith("-") and ("=" in before or before in _FLAGS or not before.startswith("-"))
+    )
+    run = _run_at(next(positions, ""))
+    return ["--config", str(run / "config.yaml")] if run is not None and (run / "config.yaml").is_file() else []
+
+
 def _run_at(name: str) -> Path | None:
     """The folder of a run, by its path or by the name of its recipe; None if there is none."""
-    for folder in (Path(name), Path("runs") / name):
+    for folder in (Path(name), Path("runs") / name) if name else ():
         if (folder / "metrics.csv").is_file():
             return folder
         runs = [path.parent for path in folder.glob("version_*/metrics.csv")]
@@ -186,16 +199,28 @@ def _curves(rows: list[dict[str, str]]) -> tuple[dict[str, dict[str, "Curve"]], 
     )
     epochs = {row["epoch"] for row in values if "epoch" in row}
     axis = "epoch" if len(epochs) > 1 else "step"
-    ends = {row["step"]: row["epoch"] for row in values if "epoch" in row and "step" in row}
-    steps = sorted(ends)
     charts: dict[str, dict[str, Curve]] = {}
     for name in names:
         points = [(row["step"], row[name]) for row in values if name in row and "step" in row]
-        if axis == "epoch":  # rows within an epoch, such as learning rates, lie between the ends of epochs
-            points = [(float(np.interp(step, steps, [ends[each] + 1 for each in steps])), value) for step, value in points]
+        if axis == "epoch":
+            places = _epoch_of([step for step, _ in points], values)
+            points = [(place, value) for place, (_, value) in zip(places, points, strict=True)]
         if any(np.isfinite(value) for _, value in points):
             charts.setdefault(name.rpartition("/")[2], {})[name] = tuple(zip(*points, strict=True))  # type: ignore[assignment]  # two columns
     return charts, axis
+
+
+def _epoch_of(steps: list[float], rows: list[dict[str, float]]) -> list[float]:
+    """Where steps lie on the axis of epochs: the last row of epoch e is at e + 1, rows within an epoch, such as learning rates, between."""
+    ends: dict[float, float] = {}
+    for row in rows:
+        if "epoch" in row and "step" in row:
+            ends[row["epoch"]] = max(row["step"], ends.get(row["epoch"], -1.0))
+    epochs = sorted(ends)
+    known, places = [-1.0, *(ends[epoch] for epoch in epochs)], [epochs[0], *(epoch + 1 for epoch in epochs)]
+    # An epoch that was not finished has the pace of those before.
+    pace = (places[-1] - places[0]) / max(known[-1] + 1, 1.0)
+    return [float(np.interp(step, known, places) + pace * max(step - known[-1], 0.0)) for step in steps]
 
 
 def _float(text: str) -> float:
@@ -249,11 +274,15 @@ def _add_model(page: "Report", run: Path, data: "ArrayDataModule", options: Any)
     checkpoint = _checkpoint(run, options.checkpoint)
     model = _load(checkpoint, options.device)
     check_agreement(model, str(checkpoint), data)
+    named = list(getattr(model, "class_names", data.class_names))
+    if named != data.class_names:
+        raise CommandError(
+            f"{checkpoint} knows the classes {_list(named)}, but those of {type(data).__name__} are {_list(data.class_names)}: give the data "
+            "of the run, or add --log_only"
+        )
     seen = _see(model, data, options)
     page.class_names = data.class_names
     page.split = f"{len(seen.label):,} {options.split} samples, {checkpoint.name}"
-    pictures = {path.stem: path for path in _newest_pictures(run)}
-    page.pictures = {_title(path, run): path.read_bytes() for path in pictures.values()}
     if seen.probability is not None and (seen.label >= 0).any():
         _add_predictions(page, seen, data)
     if seen.features is not None and options.method != "none":
@@ -264,6 +293,10 @@ def _add_model(page: "Report", run: Path, data: "ArrayDataModule", options: Any)
             page.pictures = {"Critical points of some objects: without all others, the class stays the same": png, **page.pictures}
 
 
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (" ..." if len(names) > 5 else "")
+
+
 def _checkpoint(run: Path, which: str) -> Path:
     if which not in ("best", "last"):
         path = Path(which)
@@ -272,7 +305,8 @@ def _checkpoint(run: Path, which: str) -> Path:
         return path
     if not (run / "checkpoints" / "last.ckpt").is_file():
         raise CommandError(f"{run} has no checkpoints/last.ckpt yet: name a file with --checkpoint, or add --log_only")
-    return find_checkpoint(run.parent, which, run.name)
+    place = run.resolve()  # of the folder "." too
+    return find_checkpoint(place.parent, which, glob.escape(place.name))
 
 
 def _load(checkpoint: Path, device: str) -> Any:
@@ -283,20 +317,13 @@ def _load(checkpoint: Path, device: str) -> Any:
 
 def _see(model: Any, data: "ArrayDataModule", options: Any) -> _Seen:
     """One pass over the samples as they are."""
-    from lightning.fabric.utilities import move_data_to_device
-    from tqdm import tqdm
-
-    if options.batch_size is not None and options.batch_size < 1:
-        raise CommandError(f"--batch_size must be at least 1, got {options.batch_size}")
-    data.eval_batch_size = options.batch_size or data.eval_batch_size
-    loader = {"train": data.eval_train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[options.split]()
-    classifies = hasattr(model, "num_classes") and hasattr(model, "predict")
+    # What names parts classifies points.
+    classifies = hasattr(model, "class_names") and not hasattr(model, "part_names")
     probabilities, features, labels, indices = [], [], [], []
-    for batch in tqdm(loader, options.split, leave=False, disable=None):  # None: where nobody watches
+    for batch, inputs in prepared_batches(model, data, options.split, options.batch_size):
         labels.append(batch.label.long().clamp(min=-1).numpy())
         indices.append(batch.index.numpy())
         with torch.no_grad():
-            inputs = data.transform(move_data_to_device(batch, next(model.parameters()).device)).input
             if callable(getattr(model, "encode", None)):
                 features.append(model.encode(inputs).float().cpu().numpy())
             if classifies:
@@ -305,29 +332,35 @@ def _see(model: Any, data: "ArrayDataModule", options: Any) -> _Seen:
                 probabilities.append(logits.float().softmax(dim=1).cpu().numpy() if classifies else np.empty(0))
     label, index = np.concatenate(labels), np.concatenate(indices)
     flat = bool(features) and all(part.ndim == 2 for part in features)
-    return _Seen(np.concatenate(probabilities) if classifies else None, np.concatenate(features) if flat else None, label, index)
+    seen = _Seen(np.concatenate(probabilities) if classifies else None, np.concatenate(features) if flat else None, label, index)
+    for values in (seen.probability, seen.features):
+        bad = 0 if values is None else int((~np.isfinite(values)).any(axis=1).sum())
+        if bad:
+            raise CommandError(
+                f"the model gives other than finite numbers for {bad:,} of {len(label):,} {options.split} samples, its training diverged: "
+                "choose another --checkpoint, or add --log_only"
+            )
+    return seen
 
 
 def _add_predictions(page: "Report", seen: _Seen, data: "ArrayDataModule") -> None:
-    from ..functional.confusion import per_class_scores
+    from ..functional.confusion import confusion_matrix, per_class_scores
     from ..plots.report import Table
 
     assert seen.probability is not None
     known = seen.label >= 0
     probability, label, index = seen.probability[known], seen.label[known], seen.index[known]
-    classes, rows = len(data.class_names), np.arange(len(label))
     guess = probability.argmax(axis=1)
-    matrix = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(matrix, (label, guess), 1)
-    scores = per_class_scores(torch.from_numpy(matrix))
-    page.confusion = matrix
+    matrix = confusion_matrix(torch.from_numpy(guess), torch.from_numpy(label), len(data.class_names))
+    scores = per_class_scores(matrix)
+    page.confusion = matrix.numpy()
     columns = [scores.precision.tolist(), scores.recall.tolist(), scores.f1.tolist(), scores.samples.tolist()]
     page.classes = Table(("class", "precision", "recall", "F1", "samples"), list(zip(data.class_names, *columns, strict=True)))
     page.metrics = {
         page.split: {"accuracy": float((guess == label).mean()), "mean class accuracy": float(scores.recall[scores.samples > 0].mean())},
         **page.metrics,
     }
-    own, right = probability[rows, label], guess == label
+    own, right = probability[np.arange(len(label)), label], guess == label
     orders = {
         "Most confidently wrong": [row for row in np.argsort(-probability.max(axis=1), kind="stable") if not right[row]],
         "Worst: the least probability for the own class": list(np.argsort(own, kind="stable")),
@@ -336,36 +369,22 @@ def _add_predictions(page: "Report", seen: _Seen, data: "ArrayDataModule") -> No
     samples = {}
     for title, order in orders.items():
         chosen = order[:_SHOWN]
-        pictures = _pictures(data, index[chosen])
         samples[title] = [
-            _sample(png, data.class_names[label[row]], data.class_names[guess[row]], own[row], probability[row].max(), int(index[row]))
-            for png, row in zip(pictures, chosen, strict=True)
+            _sample(data, int(index[row]), data.class_names[label[row]], data.class_names[guess[row]], own[row], probability[row].max())
+            for row in chosen
         ]
     page.samples = {title: cards for title, cards in samples.items() if cards}
 
 
-def _sample(png: bytes | None, given: str, guess: str, own: float, best: float, index: int) -> "Sample":
+def _sample(data: "ArrayDataModule", index: int, given: str, guess: str, own: float, best: float) -> "Sample":
     from ..plots.report import Sample
+    from ..plots.review import sample_picture
 
+    png, text = sample_picture(data.arrays, index, 224)
+    number = f"number {index}" + (f": {text}" if text else "")
     if given == guess:
-        return Sample(png, given, f"{100 * own:.1f} %, number {index}")
-    return Sample(png, f"{given}, taken for {guess}", f"{100 * own:.1f} % against {100 * best:.1f} %, number {index}")
-
-
-def _pictures(data: "ArrayDataModule", index: np.ndarray) -> list[bytes | None]:
-    """Stored images or clouds; None for other data."""
-    from ..plots.review import cloud_png, image_png
-
-    found: list[bytes | None] = []
-    for each in index.tolist():
-        stored = data.arrays.input[each]
-        if hasattr(data, "image_mean"):
-            found.append(image_png(stored.permute(1, 2, 0).numpy(), 224))
-        elif hasattr(data, "normalization"):
-            found.append(cloud_png(stored[:, :3].float().numpy()))
-        else:
-            found.append(None)
-    return found
+        return Sample(png, given, f"{100 * own:.1f} %, {number}")
+    return Sample(png, f"{given}, taken for {guess}", f"{100 * own:.1f} % against {100 * best:.1f} %, {number}")
 
 
 def _map(seen: _Seen, options: Any) -> "Map | None":
@@ -375,11 +394,6 @@ def _map(seen: _Seen, options: Any) -> "Map | None":
     from ..plots.report import Map
 
     assert seen.features is not None
-    finite = np.isfinite(seen.features).all(axis=1)
-    if not finite.all():
-        raise CommandError(
-            f"features of {int((~finite).sum())} of {len(finite)} samples are not finite, the model may have diverged: add --method none"
-        )
     label = torch.from_numpy(seen.label)
     precision = judge_neighbours(torch.from_numpy(seen.features), label).precision
     chosen = stratified_subset(label, options.samples, 0).numpy()
@@ -411,10 +425,11 @@ def _critical(model: Any, data: "ArrayDataModule", seen: _Seen) -> bytes | None:
 
 
 def _newest_pictures(run: Path) -> list[Path]:
-    """The last picture of each kind that callbacks drew."""
-    folders = sorted({path.parent for path in run.rglob("*.png")})
-    newest = [max(folder.glob("*.png"), key=lambda path: path.stat().st_mtime) for folder in folders]
-    return [path for path in newest if path.stat().st_size <= _LARGEST]
+    """The last picture of each kind that callbacks drew: of those whose names differ in numbers alone."""
+    newest: dict[tuple[Path, str], Path] = {}
+    for path in sorted(run.rglob("*.png"), key=lambda path: (path.stat().st_mtime, path)):
+        newest[path.parent, re.sub(r"\d+", "", path.stem)] = path
+    return sorted(path for path in newest.values() if path.stat().st_size <= _LARGEST)
 
 
 def _title(path: Path, run: Path) -> str:

@@ -15,7 +15,7 @@ from ...datamodules.meshes import UpAxis
 from ..functional.data_selection import Rank, Selection
 from ..functional.views import ViewPreset
 from ..plots.exchange import write_file
-from ..plots.review import ReviewItem, cloud_png, image_png, write_review_html
+from ..plots.review import ReviewItem, cloud_png, image_png, sample_picture, write_review_html
 from ..selection import select_samples
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
@@ -83,9 +83,7 @@ class _TrainingSamples:
         return {**name, "index": index, "label": self.data.class_names[label] if label >= 0 else None}
 
     def picture(self, number: int) -> tuple[bytes | None, str]:
-        from ..cleaning_results import _picture
-
-        return _picture(self.data.arrays, self.index[number])
+        return sample_picture(self.data.arrays, self.index[number])
 
 
 def select(arguments: list[str]) -> int:

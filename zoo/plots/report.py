@@ -74,7 +74,7 @@ class Report:
         pictures: title -> a PNG file.
         settings: of the run.
         config: all options, as text.
-        environment: of the machine.
+        environment: of the machine that writes the page.
     """
 
     title: str
@@ -116,6 +116,8 @@ def write_report_html(path: str | os.PathLike[str], report: Report) -> None:
 def _metrics(report: Report) -> list[str]:
     parts = []
     for title, values in report.metrics.items():
+        if not values:
+            continue
         tiles = "".join(f"<div><b>{_text(value)}</b><span>{html.escape(name)}</span></div>" for name, value in values.items())
         parts.append(
             f'<p class="muted" style="margin-top:18px">{html.escape(title)}</p><div class="tiles" style="margin-top:6px">{tiles}</div>'
@@ -189,7 +191,7 @@ def _settings(report: Report) -> list[str]:
     if report.config:
         parts.append(f"<details><summary>all options</summary><pre>{html.escape(report.config)}</pre></details>")
     if report.environment is not None:
-        parts += ["<h2>Environment</h2>", _table(report.environment)]
+        parts += ["<h2>Environment</h2>", "<p class='muted'>of the machine that wrote this page</p>", _table(report.environment)]
     return parts
 
 

@@ -7,9 +7,10 @@ import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 from .exchange import write_file
 from .figures import new_figure
@@ -18,6 +19,7 @@ from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
 
 _SIDE = 128  # pixels of a thumbnail, at most
 _CLOUD, _DPI, _SHADES = 1.6, 100, 48  # of a picture of a cloud: inches, dots per inch, colours
+_NUMBERS = 40  # of a sample that is neither an image nor a cloud, at most
 
 
 class ReviewItem(NamedTuple):
@@ -104,6 +106,31 @@ def cloud_png(points: np.ndarray) -> bytes:
     # A few shades of blue: all colours would take five times the room.
     Image.open(drawn).convert("RGB").quantize(_SHADES).save(content, format="PNG", optimize=True)
     return content.getvalue()
+
+
+def sample_picture(arrays: Any, index: int, side: int = _SIDE) -> tuple[bytes | None, str]:
+    """What to show of a stored sample: a picture of an image or a cloud, the numbers of anything else.
+
+    Args:
+        arrays: the `Arrays` of a DataModule.
+        index: number of the sample.
+        side: pixels of the longer side of an image, at most.
+
+    Returns:
+        A PNG file and "", or None and a text.
+
+    Example:
+        >>> sample_picture(PatientsDataModule().arrays, 0)
+        (None, '3.444, 3.334')
+    """
+    sample = arrays.input[index]
+    if sample.dim() == 3 and sample.dtype == torch.uint8 and sample.shape[0] in (1, 3):
+        return image_png(sample.permute(1, 2, 0).numpy(), side), ""
+    if sample.dim() == 2 and sample.shape[1] == 3:
+        own = len(sample) if arrays.count is None else int(arrays.count[index])
+        return cloud_png(sample[:own].float().numpy()), ""
+    numbers = sample.flatten()
+    return None, ", ".join(f"{value:.4g}" for value in numbers[:_NUMBERS].tolist()) + (" ..." if len(numbers) > _NUMBERS else "")
 
 
 def write_review_html(

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from .embedding import class_palette
-from .figures import SERIES
+from .figures import SERIES, shorten
 
 _WIDTH, _HEIGHT = 360, 210  # of a chart, in the units of its drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 10, 10, 34
+_DIGIT = 6.2  # width of a digit
+_BINS = 600  # of a line with very many points: from each, the lowest and the highest one are drawn
 _NAMED = 60  # classes, at most, whose names stand at a matrix
 _COUNTED = 20  # classes, at most, whose counts stand in its cells
 
@@ -39,26 +41,28 @@ def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax
     if not finite:
         raise ValueError("there is no finite value to draw")
     every = [position for positions, _ in curves.values() for position in positions]
-    ticks_x, ticks_y = nice_ticks(min(every), max(every), 6, whole=True), nice_ticks(min(finite), max(finite), 5)
-    low_x, high_x = min(every), max(max(every), min(every) + 1)
+    low_x = math.floor(min(every))
+    high_x = max(max(every), low_x + 1)
+    ticks_x, ticks_y = nice_ticks(low_x, high_x, 6, whole=True), nice_ticks(min(finite), max(finite), 5)
     low_y, high_y = min(ticks_y[0], min(finite)), max(ticks_y[-1], max(finite))
+    left = max(_LEFT, 12 + _DIGIT * max(len(_number(tick)) for tick in ticks_y))
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
-            _LEFT + (x - low_x) / (high_x - low_x) * (_WIDTH - _LEFT - _RIGHT),
+            left + (x - low_x) / (high_x - low_x) * (_WIDTH - left - _RIGHT),
             _HEIGHT - _BOTTOM - (y - low_y) / (high_y - low_y) * (_HEIGHT - _TOP - _BOTTOM),
         )
 
     parts = []
     for tick in ticks_y:
         y = place(low_x, tick)[1]
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
+        parts.append(f'<line class="grid" x1="{left:.1f}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{_number(tick)}</text>')
     for tick in ticks_x:
         x = place(tick, low_y)[0]
         if x <= _WIDTH - _RIGHT + 0.5:
             parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 15}" text-anchor="middle">{_number(tick)}</text>')
-    parts.append(f'<text x="{(_LEFT + _WIDTH - _RIGHT) / 2}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(axis)}</text>')
+    parts.append(f'<text x="{(left + _WIDTH - _RIGHT) / 2:.1f}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(axis)}</text>')
     for number, (name, (positions, values)) in enumerate(curves.items()):
         style = f"s{number % len(SERIES)}"
         runs: list[list[tuple[float, float]]] = [[]]
@@ -69,7 +73,7 @@ def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax
                 runs.append([])
         dotted = sum(map(len, runs)) < 30
         parts.append(f'<g class="{style}"><title>{html.escape(name)}</title>')
-        for run in filter(None, runs):
+        for run in map(_thin, filter(None, runs)):
             if len(run) > 1:
                 parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in run)}"/>')
             if dotted or len(run) == 1:
@@ -77,6 +81,16 @@ def line_chart(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], ax
         parts.append("</g>")
     label = f"{', '.join(curves)} over {axis}"
     return _svg(_WIDTH, _HEIGHT, "chart", label, parts)
+
+
+def _thin(run: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    if len(run) <= 2 * _BINS:
+        return run
+    kept = []
+    for places in np.array_split(np.arange(len(run)), _BINS):
+        part = [run[place] for place in places]
+        kept += sorted({min(part, key=lambda point: point[1]), max(part, key=lambda point: point[1])})
+    return kept
 
 
 def nice_ticks(low: float, high: float, number: int, whole: bool = False) -> list[float]:
@@ -129,7 +143,7 @@ def matrix_chart(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     if matrix.shape != (classes, classes):
         raise ValueError(f"the matrix of {classes} classes must have shape {(classes, classes)}, got {matrix.shape}")
     side = max(8.0, min(34.0, 640 / classes)) if classes <= _NAMED else 640 / classes
-    names = [name if len(name) <= 16 else name[:15] + "…" for name in class_names] if classes <= _NAMED else []
+    names = [shorten(name, 16) for name in class_names] if classes <= _NAMED else []
     size = min(12.0, side * 0.8)
     margin = 24 + max((len(name) for name in names), default=0) * size * 0.6
     parts = []
@@ -197,7 +211,7 @@ def map_chart(place: np.ndarray, label: np.ndarray, class_names: Sequence[str]) 
 
 
 def _number(value: float) -> str:
-    return f"{value:.6g}" if abs(value) < 1e5 else f"{value:.1e}"
+    return f"{value:.6g}"
 
 
 def _svg(width: float, height: float, style: str, label: str, parts: Sequence[str]) -> str:
