@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import EarlyStopping
 
 from litzoo.zoo.cli import COMMANDS, CONFIGS, main, recipe_names
+from litzoo.zoo.cli.mistakes import sentence
 from litzoo.zoo.cli.runs import RunLogger, read_rows
 
 LIGHT = ("torch", "lightning", "numpy", "h5py", "matplotlib")
@@ -117,7 +119,12 @@ def test_every_recipe_has_a_sentence_and_sets_the_epochs() -> None:
         (["fit", "--config", "RECIPE", "--trainer.devices", "0"], "devices"),
         (["fit", "--config", "RECIPE", "--trainer.callbacks+=SAM", "--trainer.callbacks+=SAM"], "SAM does not compose with SAM"),
         (["fit", "--config", "RECIPE", "--trainer.callbacks+=SnapshotEnsemble"], "return only the optimizer"),
-        (["fit", "--config", "RECIPE", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay", "2"], "decay is the share"),
+        (["fit", "--config", "RECIPE", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay", "2"], "must lie in [0, 1], got 2.0"),
+        (
+            ["fit", "--config", "RECIPE", "--trainer.callbacks+=EMA", "--trainer.callbacks.decay", "x"],
+            "callbacks.decay: expected float, got x",
+        ),
+        (["fit", "--config", "RECIPE", "--trainer.callbacks+=EMA", "--trainer.callbacks.deca", "1"], "callbacks.deca is not an option"),
         (["fit", "--config", "RECIPE", "--trainer.callbacks+=EMA", "--checkpoint.save_weights_only", "true"], "save_weights_only=False"),
         (["test", "--config", "RECIPE"], "train first"),
         (["fit", "--config", "BROKEN"], "broken.yaml"),
@@ -141,7 +148,15 @@ def test_mistakes_are_one_line_and_leave_nothing(
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("litzoo: ")]
     assert len(lines) == 1
     assert words in lines[0]
+    assert "subclass of Callback" not in lines[0], "how else a value could be given is no reason"
     assert not list(tmp_path.glob("runs/*/*"))
+
+
+def test_a_number_to_stop_by_that_nobody_logs_is_a_mistake() -> None:
+    with pytest.raises(RuntimeError) as found:
+        EarlyStopping("val/lss")._validate_condition_metric({"val/loss": torch.tensor(0.0)})
+    assert "`val/lss` which is not available" in (sentence(found.value) or "")
+    assert sentence(RuntimeError("a fault")) is None
 
 
 def test_a_broken_or_foreign_checkpoint(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,11 @@ from . import CommandError, did_you_mean
 
 # What surrounds the reason in the messages of jsonargparse.
 _NOISE = re.compile(r"Does not validate against any|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but")
+# What it says of the other ways to give a value, beside the reason why this one does not do.
+_OTHER_WAYS = re.compile(
+    r"Not a valid subclass of|Subclass types expect|a class path \(str\)|a dict with|a dict without|Option '.*' is not accepted|"
+    r"Expected a typing\.Literal"
+)
 
 
 def sentence(error: BaseException) -> str | None:
@@ -26,6 +31,8 @@ def sentence(error: BaseException) -> str | None:
     if isinstance(error, RuntimeError) and str(error).startswith("Error(s) in loading state_dict"):
         faults = re.sub(r"\s+", " ", str(error))[:300]
         return f"the checkpoint does not fit this model; give the config.yaml of its run with --config ({faults} ...)"
+    if isinstance(error, RuntimeError) and str(error).startswith("Early stopping conditioned on metric"):
+        return str(error)
     if not isinstance(error, tuple(types)):
         return None
     if isinstance(error, OSError) and error.filename is not None:
@@ -54,7 +61,8 @@ def parser_sentence(message: str) -> str:
     Returns:
         One line.
     """
-    option = "--" + ".".join(re.findall(r'Parser key "([^"]+)"', message))
+    keys = re.findall(r'Parser key "([^"]+)"', message)
+    option = "--" + ".".join(keys)
     unknown_class = re.search(r"Expected a dot import path string: (\S+)", message)
     if unknown_class:
         name, names = unknown_class[1], _class_names(option)
@@ -63,7 +71,7 @@ def parser_sentence(message: str) -> str:
             return f"{option}: expected one of {choices[1]}, or a mapping of settings, got {name}"
         return f"{option}: no class {name!r}" + (f"; {did_you_mean(name, names)}" if names else "; give its short name or its import path")
     unknown_option = re.search(r"Option '([^']+)' is not accepted", message)
-    if unknown_option:
+    if unknown_option and unknown_option[1] not in keys[1:]:  # else it is one, of an item of a list, and has a wrong value
         return f"{option}.{unknown_option[1]} is not an option of that class; {option}.help CLASS lists its options"
     required = re.search(r"following arguments are required: ([\w.]+(?:, [\w.]+)*)", message)
     if required and option != "--":
@@ -74,9 +82,8 @@ def parser_sentence(message: str) -> str:
         reason = re.sub(r"^-(\s+|$)", "", reason)
         if reason and not _NOISE.search(reason):
             reasons.append(reason)
-    # Of a preset's name or a mapping of settings, what is wrong with the settings says more.
-    reasons = [reason for reason in reasons if not reason.startswith("Expected a typing.Literal")] or reasons
-    text = re.sub(r"\s+", " ", " ".join(reasons)).strip()
+    reasons = [reason for reason in reasons if not _OTHER_WAYS.match(reason)] or reasons
+    text = re.sub(r"\s+", " ", " ".join(dict.fromkeys(reasons))).strip()
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", re.sub(r"<class '(\w+)'>", r"\1", text))
     text = (
         text.replace("Expected a one of", "expected one of")
