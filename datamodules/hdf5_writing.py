@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .arrays import Arrays
 from .errors import DataError
-from .splits import UNUSED
+from .splits import TRAIN, UNUSED
 
 # Bytes that are written at a time.
 _BLOCK = 1 << 26
@@ -58,8 +58,8 @@ def write_hdf5(
     """Write images or point clouds as `HDF5ImagesDataModule` or `HDF5PointsDataModule` reads them.
 
     The file holds `image` or `points`, `label`, `split`, `class_names`, `part`, `part_names` and `count` where there are such,
-    `index`, the number that each sample has in `arrays`, and `file`, its name. Samples that are unused or have no label are left out,
-    as those DataModules take neither. No file is ever overwritten.
+    `index`, the number that each sample has in `arrays`, and `file`, its name. Unused samples are left out, and those without a label,
+    unless they are images that train: the DataModules take no others. No file is ever overwritten.
 
     Args:
         path: a new `.h5` or `.hdf5` file.
@@ -73,7 +73,7 @@ def write_hdf5(
 
     Raises:
         DataError: if the file exists, has another ending, there is no folder or no room for it, the samples are neither images nor
-            clouds, or none is left.
+            clouds, or none with a label is left.
 
     Example:
         >>> write_hdf5("digits.h5", DigitsDataModule().arrays)
@@ -85,10 +85,11 @@ def write_hdf5(
     samples = arrays.input
     images = samples.dim() == 4
     new = arrays.label if label is None else label
-    chosen = (arrays.split != UNUSED) & (new >= 0) & (torch.ones_like(new, dtype=torch.bool) if kept is None else kept)
+    takes = (new >= 0) | (images & (arrays.split == TRAIN))
+    chosen = (arrays.split != UNUSED) & takes & (torch.ones_like(takes) if kept is None else kept)
     index = chosen.nonzero().squeeze(1)
-    if len(index) == 0:
-        raise DataError(f"{target}: no sample is left to write")
+    if not (new[index] >= 0).any():
+        raise DataError(f"{target}: no sample with a label is left to write")
     columns: dict[str, Any] = {"label": new[index], "split": arrays.split[index], "index": index}
     if arrays.part is not None:
         columns["part"] = arrays.part[index]

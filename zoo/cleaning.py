@@ -104,6 +104,8 @@ def clean_labels(
     views are fused by `fuse`; a round doubts a label by the rule of `label_votes`; `judge_labels` decides. A round whose training part
     lacks a class says nothing about samples with that label.
 
+    Nothing keeps an encoder that somebody trained on these very labels from knowing them: give `make_model` none, or one that saw no labels.
+
     Each trained model leaves its logits in `output`; with the same settings and data, a later call trains only what is missing, and may
     change `num_models`, `weights`, `threshold`, `min_flags` and `filter_by`. Nothing is validated, and the last weights predict. Random
     streams, seeds and the splits of the data are afterwards as they were.
@@ -160,9 +162,6 @@ def clean_labels(
     index = _labelled(datamodule, splits, say)
     label = datamodule.arrays.label[index]
     fold = assign_folds(label, folds, seed)
-    # Of rules that would be refused after all the work.
-    votes = folds - 1 if scheme == "train_on_one" else 1
-    judge_labels(torch.zeros(votes, 1, 1), label[:1] * 0, threshold, min_flags)
     _tell_small_classes(label, datamodule.class_names, folds, scheme, say)
 
     identity: dict[str, Any] = {"samples": _hash_samples(datamodule, index), "scheme": scheme, "folds": folds, "views": views, "seed": seed}
@@ -170,6 +169,9 @@ def clean_labels(
     settings = json.dumps({**identity, **(recipe or {})}, indent=1, default=str)
     with TemporaryDirectory() as temporary:
         work = _Work(make_model, datamodule, make_trainer, Path(output or temporary), index, fold, scheme, views, seed, settings)
+        # Of all rounds that will say something, in place of what they will say: refuses rules before any work is done.
+        silent = torch.stack([work.says_nothing(number) for number in range(folds)])
+        judge_labels(torch.where(silent, float("nan"), 0.0)[..., None], label * 0, threshold, min_flags)
         if not (work.output / "settings.json").is_file():
             work.try_out()
         with _only_user(work.output, settings):
@@ -279,7 +281,7 @@ def _only_user(output: Path, settings: str) -> Iterator[None]:
 
 def _check_settings(output: Path, settings: str) -> None:
     path = output / "settings.json"
-    if not path.is_file():
+    if not path.is_file() or not any((output / "predictions").glob("*.npz")):  # nothing that they could be settings of
         return
     before, now = json.loads(path.read_text(encoding="utf-8")), json.loads(settings)
     changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
@@ -314,7 +316,8 @@ class _Work:
 
     @property
     def fingerprint(self) -> str:
-        return hashlib.sha256(self.settings.encode()).hexdigest()[:16]
+        ordered = json.dumps(json.loads(self.settings), sort_keys=True)
+        return hashlib.sha256(ordered.encode()).hexdigest()[:16]
 
     def path(self, number: int, model: int) -> Path:
         return self.output / "predictions" / f"round_{number + 1}_model_{model + 1}.npz"
@@ -322,6 +325,11 @@ class _Work:
     def trains(self, number: int) -> Tensor:
         """`(N,)` bool: which samples a round trains on; it predicts the others."""
         return (self.fold == number) if self.scheme == "train_on_one" else (self.fold != number)
+
+    def says_nothing(self, number: int) -> Tensor:
+        """`(N,)` bool: of which samples a round says nothing, as it trains on them or lacks their class."""
+        trains, label = self.trains(number), self.datamodule.arrays.label[self.index]
+        return trains | ~torch.isin(label, label[trains])
 
     def read(self, number: int, model: int) -> Tensor | None:
         """Logits `(V, n, C)` of the samples that a round predicts; None where there are none of these settings."""
@@ -479,10 +487,9 @@ def _fused(work: _Work, number: int, num_models: int, weights: Tensor | None, nu
     present = [each for each in read if each is not None]
     assert len(present) == num_models  # just written
     logits = torch.stack(present)
-    trains, label = work.trains(number), work.datamodule.arrays.label[work.index]
     fused = torch.full((len(work.index), num_classes), float("nan"))
-    fused[~trains] = fuse(logits, weights)
-    fused[~torch.isin(label, label[trains])] = float("nan")
+    fused[~work.trains(number)] = fuse(logits, weights)
+    fused[work.says_nothing(number)] = float("nan")
     return fused
 
 

@@ -179,7 +179,9 @@ def read_decisions(path: str | os.PathLike[str], class_names: Sequence[str]) -> 
             if missing:
                 raise ValueError(f"{source} has no column {' and '.join(missing)}: it needs index, proposed and decision")
             for row in reader:
-                index, proposed, decision = (str(row[name] or "").strip() for name in ("index", "proposed", "decision"))
+                index, proposed, decision = (str(row[name] or "") for name in ("index", "proposed", "decision"))
+                index, decision = index.strip(), decision.strip()
+                proposed = proposed if proposed in numbers else proposed.strip()  # a class may be called so
                 where = f"{source}, line {reader.line_num}"
                 if not decision:
                     continue

@@ -85,7 +85,10 @@ def test_the_whole_way(run: Callable[..., tuple[int, str, str]], digits: Path) -
     assert f"1,295 labels, {len(doubted)} to review" in output
 
     before = {path: path.read_bytes() for path in Path("out").rglob("*") if path.is_file()}
-    status, output, _ = run(*FOLDER, "--folds", "2", "--scheme", "leave_one_out", "--filter", "prune_by_noise_rate", "--apply", "new.h5")
+    memory = ["--data.eval_batch_size", "50"]  # what a machine has room for changes nothing
+    status, output, _ = run(
+        *FOLDER, "--folds", "2", "--scheme", "leave_one_out", "--filter", "prune_by_noise_rate", "--apply", "new.h5", *memory
+    )
     assert status == 0
     assert "litzoo: 2 of 2 models were trained before" in output
     assert "trained on" not in output
@@ -182,6 +185,10 @@ def test_clouds(run: Callable[..., tuple[int, str, str]]) -> None:
         (
             ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "val/loss", *FOLDER],
             "label cleaning does not validate, so EarlyStopping would wait for ever: leave it out of --trainer.callbacks",
+        ),
+        (
+            ["--model.lr_scheduler", "lightning.pytorch.cli.ReduceLROnPlateau", "--model.lr_scheduler.monitor", "val/loss", *FOLDER],
+            "label cleaning does not validate, so no learning rate can follow val/loss: give another --model.lr_scheduler",
         ),
         (["--output", "tiny.yaml"], "--output tiny.yaml is a file: give a folder"),
         (["--output", "."], "--output . holds other files: give a new folder, or one of an earlier `litzoo clean`"),

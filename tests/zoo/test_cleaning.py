@@ -338,6 +338,19 @@ def test_a_folder_of_other_settings_or_data_is_refused(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_settings_bind_nobody_before_there_is_a_prediction_and_in_any_order(tmp_path: Path) -> None:
+    data, _ = flipped_digits()
+    clean = partial(clean_labels, datamodule=data, output=tmp_path, folds=2, report=None)
+    with pytest.raises(MemoryError):
+        clean(interrupting(0, MemoryError), make_trainer=quick_trainer, recipe={"lr": 1, "epochs": 1})
+    assert (tmp_path / "settings.json").is_file()
+    clean(make_pixel_model, make_trainer=quick_trainer, recipe={"lr": 2, "epochs": 1})
+    assert json.loads((tmp_path / "settings.json").read_text())["lr"] == 2
+    PixelModel.trained.clear()
+    clean(make_pixel_model, make_trainer=quick_trainer, recipe={"epochs": 1, "lr": 2})
+    assert PixelModel.trained == []
+
+
 @pytest.mark.slow
 def test_processes_change_nothing() -> None:
     data, _ = flipped_digits()
@@ -428,6 +441,14 @@ def one_class(data: GuardedDigits) -> None:
     data.reassign(label=torch.zeros_like(data.arrays.label))
 
 
+def pairs(data: GuardedDigits) -> None:
+    """Two samples of each class."""
+    split = torch.full_like(data.arrays.split, 3)
+    for cls in range(10):
+        split[(data.arrays.label == cls).nonzero().squeeze(1)[:2]] = 0
+    data.reassign(split=split)
+
+
 @pytest.mark.parametrize(
     ("settings", "change", "message"),
     [
@@ -439,6 +460,7 @@ def one_class(data: GuardedDigits) -> None:
         ({"weights": torch.ones(2, 1)}, None, r"weights must have shape \(models, views\) = \(1, 1\), got \(2, 1\)"),
         ({"threshold": 2.0}, None, r"threshold must lie in \[0, 1\], got 2.0"),
         ({"min_flags": 5}, None, "min_flags must lie in 1 to 4, as many votes as a label gets, got 5"),
+        ({"min_flags": 2}, pairs, "min_flags must lie in 1 to 1, as many votes as a label gets, got 2"),
         ({"filter_by": "best"}, None, "cleanlab has no filter 'best'; there are: prune_by_noise_rate, prune_by_class, both"),
         ({"splits": ("training",)}, None, "splits must be of train, val, test; got training"),
         ({}, unlabelled, "none of the 1,295 train samples of GuardedDigits has a label: there is nothing to clean"),
@@ -540,6 +562,8 @@ def test_decisions_of_the_page_are_read(tmp_path: Path) -> None:
     path = tmp_path / "decisions.csv"
     path.write_bytes('\ufeffindex,file,given,proposed,decision\r\n7,"a, b",cat,dog,accept\r\n9,,dog,cat,keep\r\n11,,dog,cat,\r\n'.encode())
     assert read_decisions(path, ["cat", "dog"]) == {7: 1, 9: None}
+    path.write_text("index,proposed,decision\n1, dog,accept\n2,dog ,accept\n3, cat , keep \n")
+    assert read_decisions(path, ["cat", "dog", " dog"]) == {1: 2, 2: 1, 3: None}  # a folder may be called " dog"
     for content, message in (
         ("index,decision\n", "has no column proposed: it needs index, proposed and decision"),
         ("index,proposed,decision\n7,owl,accept\n", "line 2: there is no class 'owl'; there are: cat, dog"),
@@ -588,9 +612,9 @@ def test_verdicts_become_labels(cleaned: tuple[GuardedDigits, Tensor, CleaningRe
 def test_images_are_written_as_they_are_read(tmp_path: Path) -> None:
     data, path = DigitsDataModule(image_size=8), tmp_path / "digits.h5"
     label, kept = data.arrays.label.clone(), torch.ones(1797, dtype=torch.bool)
-    label[3], label[5], kept[7] = 9, -1, False
     split = data.arrays.split.clone()
-    split[11] = 3
+    split[3:7], split[11] = torch.tensor([0, 1, 2, 0]), 3
+    label[3], label[5], label[6], kept[7] = 9, -1, -1, False  # of images without a label, those that train are read
     data.reassign(split=split)
     files = [f"é{number}.png" for number in range(1797)]
     assert write_hdf5(path, data.arrays, label, kept, files) == 1794
@@ -610,7 +634,7 @@ def test_images_are_written_as_they_are_read(tmp_path: Path) -> None:
     for name, message in (("digits.zip", r"ends in .h5 or .hdf5"), ("nowhere/digits.h5", "there is no folder")):
         with pytest.raises(ValueError, match=message):
             write_hdf5(tmp_path / name, data.arrays)
-    with pytest.raises(ValueError, match="no sample is left to write"):
+    with pytest.raises(ValueError, match="no sample with a label is left to write"):
         write_hdf5(tmp_path / "none.h5", data.arrays, kept=torch.zeros(1797, dtype=torch.bool))
     with pytest.raises(ValueError, match="are neither images nor point clouds"):
         write_hdf5(tmp_path / "patients.h5", PatientsDataModule().arrays)

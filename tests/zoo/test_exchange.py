@@ -1,7 +1,9 @@
 """Files for other programs: PLY as open3d reads it, and a page whose data and script are held against independent readers."""
 
 import base64
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -11,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from litzoo.zoo.plots.exchange import Scene, write_html, write_ply
+from litzoo.zoo.plots.exchange import Scene, write_file, write_html, write_ply
 
 DRAW = np.random.RandomState(0)
 CLOUD = DRAW.randn(300, 3) * [1, 2, 0.5] + 7
@@ -200,3 +202,18 @@ def test_the_script_of_the_page_draws(tmp_path: Path) -> None:
     assert result["turned"]
     assert result["small"]["any"] > 0
     assert result["second"]["blue"] > 20
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "note.txt"
+    write_file(path, b"before")
+
+    def full(self: Path, content: bytes) -> int:
+        self.touch()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*note\.txt'"):
+        write_file(path, b"after")
+    assert [each.name for each in tmp_path.iterdir()] == ["note.txt"]
+    assert path.read_bytes() == b"before"

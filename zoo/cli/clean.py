@@ -24,8 +24,11 @@ if TYPE_CHECKING:
 # What a recipe may say about trainings that are kept and scored, which these are not.
 _IGNORED = ("checkpoint", "last", "name", "then", "ckpt_path")
 _PARTS = ("model", "data", "trainer")
-# Where a training writes, and what it shows, does not change it.
-_NO_MATTER = ("default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger")
+# Where a training writes, what it shows, and how it is spread over the machine does not change it.
+_NO_MATTER = (
+    *(f"trainer.{name}" for name in ("default_root_dir", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "logger")),
+    *("trainer.devices", "trainer.num_nodes", "data.num_workers", "data.eval_batch_size"),
+)
 # More classes, and the table would fill the terminal.
 _LISTED = 20
 
@@ -136,7 +139,9 @@ def clean(arguments: list[str]) -> int:
         print(f"\nlitzoo: stopped; the same command trains the models that {options.output} lacks", file=sys.stderr)
         return 130
     summary = write_tables(options.output, result, files)
-    shown = write_review(options.output / "review.html", result, data, files, options.show, f"Labels to review: {options.output.name}")
+    shown = write_review(
+        options.output / "review.html", result, data, files, options.show, f"Labels to review: {options.output.absolute().name}"
+    )
     _tell(summary, shown, options.output)
     if options.apply is not None:
         _apply(options, data, result, decisions, files)
@@ -217,6 +222,13 @@ def _checked_trainer(trainer: dict[str, Any], model: dict[str, Any]) -> dict[str
                 "label cleaning does not validate, so EarlyStopping would wait for ever: leave it out of --trainer.callbacks, and say with "
                 "--trainer.max_epochs how long to train"
             )
+    scheduler = (model.get("init_args") or {}).get("lr_scheduler") or {}
+    monitor = str((scheduler.get("init_args") or {}).get("monitor"))
+    if monitor.startswith("val"):
+        raise CommandError(
+            f"label cleaning does not validate, so no learning rate can follow {monitor}: give another --model.lr_scheduler, or one that "
+            "follows a quantity of the training"
+        )
     chosen = {**trainer, "devices": 1, "num_nodes": 1}
     if trainer.get("precision") is None and getattr(_class_of(model), "prefers_bf16", False):
         chosen["precision"] = native_precision(str(trainer.get("accelerator")))
@@ -229,7 +241,7 @@ def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
         return {prefix.removesuffix("."): settings}
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        if prefix == "trainer." and name in _NO_MATTER:
+        if f"{prefix}{name}" in _NO_MATTER:
             continue
         flat |= _flat(value, prefix if name == "init_args" else f"{prefix}{name}.")
     return flat
@@ -263,6 +275,6 @@ def _apply(
     written = write_hdf5(options.apply, data.arrays, label, kept, files)
     changed = f"{int((label != before).sum()):,} relabelled" if options.apply_by == "relabel" else f"{int((~kept).sum()):,} left out"
     lacking = int(kept.sum()) - written
-    more = f"; {lacking:,} more, unused or without a label, are left out" if lacking else ""
+    more = f"; {lacking:,} more, unused or without a label to go by, are left out" if lacking else ""
     kind = "HDF5ImagesDataModule" if data.arrays.input.dim() == 4 else "HDF5PointsDataModule"
     print(f"{written:,} samples of all splits, {changed}{more}: {options.apply}, for --data {kind} --data.path {options.apply}")

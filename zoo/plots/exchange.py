@@ -40,6 +40,9 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
         path: the file; its folder is made.
         content: all of it.
 
+    Raises:
+        OSError: if it cannot be written; it names the file.
+
     Example:
         >>> write_file("note.txt", b"done")
     """
@@ -49,6 +52,8 @@ def write_file(path: str | os.PathLike[str], content: bytes) -> None:
     try:
         temporary.write_bytes(content)
         temporary.replace(target)
+    except OSError as error:  # a full disk names no file, others the temporary one
+        raise OSError(error.errno, error.strerror, str(target)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
