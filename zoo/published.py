@@ -11,6 +11,7 @@ where litzoo's have no weights; and the PointNets of yanx27/Pointnet_Pointnet2_p
 layers fewer than the paper's and no ReLU before the maximum over the points.
 """
 
+import importlib
 import os
 import re
 import zipfile
@@ -20,9 +21,11 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from lightning.pytorch import LightningModule
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, zoo
 from .pretrained import _ZIP, WeightsError, _construct, _first_bytes, _is_extra, _one_line, _Place
 
 Layout = Literal["lemniscate", "supcontrast", "relational"]
@@ -157,12 +160,13 @@ def read_published(path: str | os.PathLike[str], layout: Layout, /, **hparams: A
 
 def _read(place: _Place) -> Mapping[str, Any]:
     start = _first_bytes(place)
+    if place.path.suffix == ".safetensors":
+        try:
+            return load_file(place.path)
+        except SafetensorError as error:
+            raise WeightsError(f"{place.label} is not a whole safetensors file ({_one_line(error, 120)}): {place.cure}") from error
     cure = "where you trust it, open it there with its own code and save its state_dict() alone by torch.save"
     try:
-        if place.path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(place.path)
         if start[: len(_ZIP)] == _ZIP:
             _refuse_packed(place)
         with torch.serialization.safe_globals([(_Bystander, name) for name in _BYSTANDERS]):
@@ -173,7 +177,7 @@ def _read(place: _Place) -> Mapping[str, Any]:
         blocked = re.search(r"GLOBAL (\S+)", str(error))
         if blocked is not None:
             raise WeightsError(
-                f"{place.label} holds a Python object ({blocked[1]}) and opening it could run code, so it is not opened; {cure}"
+                f"{place.label} holds a Python object ({blocked[1][:100]}) and opening it could run code, so it is not opened; {cure}"
             ) from error
         raise WeightsError(
             f"{place.label} is damaged, or cannot be opened without running code ({_reason(error)}): {place.cure}, or {cure}"
@@ -216,6 +220,9 @@ def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, A
         raise WeightsError(f"{label} {error}") from None
     named = _renamed(state, plan, label)
     settings = {**plan.hparams, **hparams}
+    # Whatever is imported in there would make its constants there, and for the whole process.
+    importlib.import_module("timm")
+    getattr(zoo, plan.model)
     try:
         with torch.device("meta"):  # no memory, and no work, for what may not fit
             outline = _construct(plan.model, settings)
@@ -223,7 +230,8 @@ def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, A
         raise WeightsError(f"{label}: no {plan.model} can be built with these hyper-parameters ({_one_line(error, 300)})") from error
     wanted = {key: value for key, value in outline.state_dict().items() if not _is_extra(key)}
     kept = {"log_partition", *(key for key in wanted if key.endswith("num_batches_tracked"))}  # old files have no such counter
-    missing = [key for key in wanted if key not in {*named, *plan.made, *kept}]
+    filled = {*named, *plan.made, *kept}
+    missing = [key for key in wanted if key not in filled]
     surplus = [name for key, (name, _) in named.items() if key not in wanted]
     if missing or surplus:
         faults = [f"{text} {_few(names)}" for text, names in (("lacks", missing), ("holds besides", surplus)) if names]
@@ -250,6 +258,8 @@ def _published_state(checkpoint: Mapping[str, Any], layout: str, label: str) -> 
         )
     state: dict[str, Tensor] = {}
     for name, value in found:
+        if not re.fullmatch(r"[\w.]{1,200}", str(name)):  # what is printed below is harmless
+            raise WeightsError(f"{label} holds an entry that is named like no layer, {str(name)[:100]!r}")
         key = ".".join(part for part in str(name).split(".") if part not in _WRAPPERS)
         if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized or value.is_meta:
             raise WeightsError(f"{label}: {name!r} must be a dense tensor, it is a {type(value).__name__}")
@@ -258,9 +268,10 @@ def _published_state(checkpoint: Mapping[str, Any], layout: str, label: str) -> 
         if key in state:
             raise WeightsError(f"{label} holds {key!r} twice, with and without a wrapper's name")
         state[key] = value
+    others = sorted(_printable(key) for key, value in checkpoint.items() if key not in used and (used or not isinstance(value, Tensor)))
     if not state:
-        raise WeightsError(f"{label} holds no tensors of a network, only {_few(map(str, checkpoint)) or 'nothing'}")
-    return state, sorted(str(key) for key, value in checkpoint.items() if key not in used and (used or not isinstance(value, Tensor)))
+        raise WeightsError(f"{label} holds no tensors of a network, only {_few([*used, *others]) or 'nothing'}")
+    return state, others
 
 
 def _renamed(state: Mapping[str, Tensor], plan: _Plan, label: str) -> dict[str, tuple[str, Tensor]]:
@@ -289,6 +300,11 @@ def _check_fit(name: str, value: Tensor, own: Tensor, label: str) -> None:
         raise WeightsError(
             f"{label}: {name!r} is {value.dtype}, which is no {'floating-point' if own.is_floating_point() else 'integer'} type"
         )
+
+
+def _printable(name: Any) -> str:
+    text = str(name)[:100]
+    return text if text.isprintable() else repr(text)
 
 
 def _few(names: Iterable[str]) -> str:

@@ -324,6 +324,30 @@ def test_git_lfs_pointer(file: Path) -> None:
     message(file, str(file), "git-lfs pointer", "git lfs pull")
 
 
+@pytest.mark.parametrize(
+    ("header", "length", "words"),
+    [
+        ("{}", 1 << 62, "header too large"),
+        ("{}", 90_000_000, "invalid header length"),
+        ('{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4398046511104]}}', None, "file not fully covered"),
+        ('{"a": {"dtype": "F32", "shape": [1099511627776], "data_offsets": [0, 4]}}', None, "invalid shape"),
+        ('{"a": {"dtype": "F32", "shape": [4611686018427387904, 8], "data_offsets": [0, 4]}}', None, "overflow"),
+        ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', None, "invalid offset"),
+        (
+            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            None,
+            "invalid offset",
+        ),
+        ("[" * 100_000, None, "not a whole safetensors file"),
+    ],
+)
+def test_headers_that_claim_what_is_not_there(file: Path, header: str, length: int | None, words: str) -> None:
+    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header.encode() + bytes(4))
+    message(file, words)
+    with pytest.raises(WeightsError, match=words):
+        pretrained.read_header(file)
+
+
 def test_flipped_bits_by_path(file: Path, tmp_path: Path) -> None:
     whole = file.read_bytes()
     broken = tmp_path / "broken.safetensors"
