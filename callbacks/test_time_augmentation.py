@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..zoo.functional.views import Merge, View, check_merge, over_views, resolve_views
+from .features import known_classes
 from .guards import refuse
 
 
@@ -67,14 +68,14 @@ class TestTimeAugmentation(Callback):
         return {**vars(self), "_forward": None}  # a callback that is copied or pickled carries no network
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._insert(pl_module)
+        self._insert(trainer, pl_module)
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._insert(pl_module)
+        self._insert(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.validation:
-            self._insert(pl_module)
+            self._insert(trainer, pl_module)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(pl_module, trainer.num_test_batches)
@@ -92,7 +93,7 @@ class TestTimeAugmentation(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._remove()
 
-    def _insert(self, pl_module: LightningModule) -> None:
+    def _insert(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove()
         module: nn.Module = pl_module
         if self.target is not None:
@@ -103,7 +104,7 @@ class TestTimeAugmentation(Callback):
                 raise refuse(
                     self, f"finds no submodule {self.target!r} in {type(pl_module).__name__}", f"set target to one, such as {known}"
                 ) from None
-        self._forward = _ForwardOverViews(module, self.views, self.merge)
+        self._forward = _ForwardOverViews(module, self.views, self.merge, known_classes(trainer, pl_module, None))
 
     def _finish(self, pl_module: LightningModule, batches: float | Iterable[Any]) -> None:
         forward, name = self._forward, "forward" if self.target is None else f"the forward of {self.target}"
@@ -124,10 +125,11 @@ class TestTimeAugmentation(Callback):
 class _ForwardOverViews:
     """Stands for a module's `forward` until it is removed; a class of its own, so that the module can still be copied and pickled."""
 
-    def __init__(self, module: nn.Module, views: Sequence[View], merge: Merge | Callable[[list[Any]], Any]) -> None:
+    def __init__(self, module: nn.Module, views: Sequence[View], merge: Merge | Callable[[list[Any]], Any], classes: int | None) -> None:
         self.module = module
         self.views = views
         self.merge = merge
+        self.classes = classes
         self.called = False
         self.active = True
         # Something else may have replaced it before, such as torch.compile.
@@ -143,7 +145,13 @@ class _ForwardOverViews:
             raise ValueError(
                 f"the forward of {type(self.module).__name__} was called without the inputs in the first place: call it as f(x)"
             )
-        return over_views(self.before, self.views, self.merge, *args, **kwargs)
+        found = over_views(self.before, self.views, self.merge, *args, **kwargs)
+        if self.views and self.merge == "probabilities" and self.classes is not None and found.shape[1] != self.classes:
+            raise ValueError(
+                f"merge='probabilities' averages the logits of {self.classes} classes, but the forward of {type(self.module).__name__} gives "
+                f"{found.shape[1]} numbers: set target to the submodule that gives logits, or merge to 'logits' or a function for others"
+            )
+        return found
 
     def remove(self) -> bool:
         """Put back what was there; returns whether it could."""

@@ -106,6 +106,16 @@ def test_a_submodule_may_be_meant(tmp_path: Path) -> None:
     make_trainer(tmp_path, TestTimeAugmentation(VIEWS), limit_test_batches=0).test(model, Loader(PAIRS), verbose=False)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_features_are_no_logits(tmp_path: Path) -> None:
+    """Those of an encoder, and those inside of a classifier: their softmax would mean nothing."""
+    data, model = DigitsDataModule(batch_size=64, augmentation="none", image_size=16), digit_classifier()
+    with pytest.raises(ValueError, match=r"logits of 10 classes, but the forward of Conv4 gives 64 numbers: set target"):
+        make_trainer(tmp_path, TestTimeAugmentation("flip", target="backbone")).test(model, datamodule=data, verbose=False)
+    assert "forward" not in vars(model.backbone)
+    make_trainer(tmp_path, TestTimeAugmentation("flip", "logits", "backbone")).test(model, datamodule=data, verbose=False)
+
+
 class Strange(Net):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self(x=batch[0])

@@ -140,6 +140,12 @@ def test_outputs_that_cannot_be_averaged(function: Any, merge: Any, reason: str)
         over_views(function, [torch.neg], merge, IMAGES)
 
 
+@pytest.mark.parametrize(("preset", "reason"), [("flip", "one of images .* got dict"), ("mirror", "one of clouds .* got dict")])
+def test_presets_want_tensors(preset: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        over_views(lambda inputs: inputs["x"].mean((1, 2)), VIEWS[preset], "logits", {"x": IMAGES})
+
+
 def test_refuses_unknown_settings() -> None:
     with pytest.raises(ValueError, match=r"one of flip, flip_rotations, .*; got 'mirrored'"):
         TestTimeViews(Network(), "mirrored")  # type: ignore[arg-type]

@@ -20,8 +20,8 @@ Merge = Literal["probabilities", "logits"]
 
 
 def _check_images(images: Tensor) -> None:
-    if images.dim() < 4:
-        raise ValueError(f"this view is one of images (batch, channels, height, width), got {tuple(images.shape)}")
+    if not isinstance(images, Tensor) or images.dim() < 4:
+        raise ValueError(f"this view is one of images (batch, channels, height, width), got {_kind(images)}")
 
 
 def flip(images: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ def zoom(images: Tensor, factor: float) -> Tensor:
 
 
 def _check_points(points: Tensor) -> None:
-    if points.dim() != 3 or points.shape[-1] != 3:
-        raise ValueError(f"this view is one of clouds (batch, points, 3), got {tuple(points.shape)}")
+    if not isinstance(points, Tensor) or points.dim() != 3 or points.shape[-1] != 3:
+        raise ValueError(f"this view is one of clouds (batch, points, 3), got {_kind(points)}")
 
 
 def yaw(points: Tensor, turns: float) -> Tensor:
@@ -255,8 +255,13 @@ def _check_output(output: Any, merge: str) -> None:
     if is_tensor and (output.dim() == 2 and output.shape[1] > 1 if merge == "probabilities" else 0 < output.dim() <= 2):
         return
     wanted = "logits (batch, classes)" if merge == "probabilities" else "scores (batch,) or (batch, classes)"
-    found = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-    raise ValueError(f"merge={merge!r} averages {wanted}, but the output is {found}: give a function of the list of outputs as merge")
+    raise ValueError(
+        f"merge={merge!r} averages {wanted}, but the output is {_kind(output)}: give a function of the list of outputs as merge"
+    )
+
+
+def _kind(value: Any) -> str:
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
 def check_merge(merge: str | Callable[[list[Any]], Any]) -> Merge | Callable[[list[Any]], Any]:
