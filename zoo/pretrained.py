@@ -9,6 +9,7 @@ import re
 import secrets
 import shlex
 import textwrap
+import zipfile
 from collections.abc import Mapping
 from contextvars import Context
 from pathlib import Path
@@ -192,8 +193,9 @@ def read_checkpoint(path: str | os.PathLike[str], model: str | None = None) -> t
     if _first_bytes(place)[: len(_ZIP)] != _ZIP:
         raise WeightsError(f"{place.label} is not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
     try:
+        _refuse_packed(place)
         checkpoint = torch.load(place.path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (OSError, WeightsError):
         raise
     except Exception as error:  # a damaged archive raises about anything
         blocked = re.search(r"GLOBAL (\S+)", str(error))
@@ -263,7 +265,7 @@ def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
             "card": json.loads(header["card"]),
             "digest": header["digest"],
         }
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise WeightsError(
             f"{place.label} is not one of litzoo's weights files, or its header is damaged: litzoo.save and `litzoo export` write them"
         ) from error
@@ -427,6 +429,17 @@ def _first_bytes(place: _Place) -> bytes:
     return start
 
 
+def _refuse_packed(place: _Place) -> None:
+    """torch.save stores, and never packs; torch.load unpacks all the same, a file of kilobytes into gigabytes."""
+    with zipfile.ZipFile(place.path) as archive:
+        size = sum(entry.file_size for entry in archive.infolist())
+    if size > place.path.stat().st_size:
+        raise WeightsError(
+            f"{place.label} is a packed archive, of {size / 1e6:.0f} MB in {place.path.stat().st_size / 1e6:.1f} MB, which torch.save never "
+            "writes: it is not opened"
+        )
+
+
 def _load_file(place: _Place) -> LightningModule:
     if place.path.suffix == ".ckpt" or _first_bytes(place)[: len(_ZIP)] == _ZIP:
         raise WeightsError(
@@ -450,7 +463,7 @@ def _load_file(place: _Place) -> LightningModule:
         raise WeightsError(f"{place.label} is damaged (its contents do not match the digest in its header): {place.cure}")
     try:
         name, hparams = header["model"], json.loads(header["hparams"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise WeightsError(f"{place.label} has a header without a model or its hyper-parameters: {place.cure}") from error
     if name not in zoo.MODELS:
         raise WeightsError(

@@ -14,7 +14,6 @@ layers fewer than the paper's and no ReLU before the maximum over the points.
 import importlib
 import os
 import re
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, get_args
@@ -26,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__, zoo
-from .pretrained import _ZIP, WeightsError, _construct, _first_bytes, _is_extra, _one_line, _Place
+from .pretrained import _ZIP, WeightsError, _construct, _first_bytes, _is_extra, _one_line, _Place, _refuse_packed
 
 Layout = Literal["lemniscate", "supcontrast", "relational"]
 _Rules = tuple[tuple[str, str], ...]
@@ -191,17 +190,6 @@ def _reason(error: BaseException) -> str:
     """The first sentence of an error of torch.load, behind its advice to run the code."""
     text = re.sub(r"Weights only load failed\..*?WeightsUnpickler error:", "", str(error), flags=re.DOTALL)
     return _one_line(ValueError(text.strip().partition("\n")[0] or type(error).__name__), 120)
-
-
-def _refuse_packed(place: _Place) -> None:
-    """torch.save stores, and never packs; torch.load unpacks all the same, a file of kilobytes into gigabytes."""
-    with zipfile.ZipFile(place.path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > place.path.stat().st_size:
-        raise WeightsError(
-            f"{place.label} is a packed archive, of {size / 1e6:.0f} MB in {place.path.stat().st_size / 1e6:.1f} MB, which torch.save never "
-            "writes: it is not opened"
-        )
 
 
 def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, Any], label: str) -> tuple[LightningModule, list[str], str]:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -428,7 +429,7 @@ def test_unknown_hyper_parameter(file: Path) -> None:
     message(file, str(file), "does not fit the Tiny of litzoo", "unexpected keyword argument 'widht'")
 
 
-@pytest.mark.parametrize("hparams", ["[]", "{", "3"])
+@pytest.mark.parametrize("hparams", ["[]", "{", "3", "[" * 100_000])
 def test_hyper_parameters_are_no_table(file: Path, hparams: str) -> None:
     forge(file, hparams=hparams)
     message(file, str(file))
@@ -663,6 +664,16 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
     path.unlink()
     path.mkdir()
     checkpoint_message(path, "is a folder")
+
+
+def test_packed_checkpoints_are_not_unpacked(model: Tiny, tmp_path: Path) -> None:
+    whole, packed = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
+    torch.save({"state_dict": model.state_dict(), "zeros": torch.zeros(1_000_000)}, whole)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as other:
+        for entry in archive.infolist():
+            other.writestr(entry.filename, archive.read(entry))
+    with pytest.raises(WeightsError, match="is a packed archive, of 4 MB"):
+        load_checkpoint(packed)
 
 
 def test_encoder_needs_encode(tmp_path: Path) -> None:
