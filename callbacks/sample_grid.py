@@ -22,15 +22,16 @@ class SampleGrid(Callback):
 
     The images are what `pl_module.sample(number, seed)` gives, `(B, C, H, W)` in [0, 1], as that of `WGAN`; always of the same seed, so the
     pictures show how the same noise becomes an image. `samples/epoch_009.png` in the run's folder is that of the tenth epoch,
-    `samples/test.png` that of a test. Real images are those of the first evaluation batch, before any those of the last training batch of
-    the first epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows logged numbers over the
-    epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
+    `samples/test.png` that of a test. Real images are those of the first evaluation batch, or until there is one of the last training
+    batch of the first epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows
+    logged numbers over the epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
     Images are generated in evaluation mode, at the end of the validation, or without one of the epoch, on the first process alone: the
     module's `sample` must call no other process. The sanity check draws nothing. Its state are the points of the curves; it leaves
     training and random streams alone.
 
-    Cost: generating the images, and about 0.3 s a picture. Composes with every callback; under `EMA` and `SWA` it shows the average.
+    Cost: generating the images, and about 0.3 s a picture. Composes with every callback; under `EMA` and `SWA` it shows the
+    average in epochs that are validated, in others the weights of the training.
 
     Args:
         number: of generated images; a square number fills the picture.

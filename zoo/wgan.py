@@ -146,7 +146,7 @@ class WGAN(LightningModule):
         for name, value in (("latent_dim", latent_dim), ("generator_width", generator_width), ("critic_width", critic_width)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if n_critic < 1 or penalty < 0:
+        if n_critic < 1 or not penalty >= 0:
             raise ValueError(f"n_critic must be at least 1 and penalty at least 0, got {n_critic} and {penalty}")
         self.image_input = ImageInput(in_channels, image_size, image_mean, image_std)
         self.save_hyperparameters(ignore=["generator_optimizer", "critic_optimizer"])

@@ -208,6 +208,7 @@ def test_networks_fit_the_image(size: int, start: int) -> None:
         ({"critic_width": 0}, "critic_width must be at least 1"),
         ({"n_critic": 0}, "n_critic must be at least 1"),
         ({"penalty": -1.0}, "penalty at least 0"),
+        ({"penalty": float("nan")}, "penalty at least 0"),
         ({"image_std": None}, "give both or neither"),
     ],
 )

@@ -57,7 +57,8 @@ def interpolated_gradient_norms(critic: Callable[[Tensor], Tensor], real: Tensor
     """Norms of the critic's gradient at a random point between each real sample and a generated one.
 
     ||grad f(x)||_2 at x = u real + (1 - u) fake, with u ~ U[0, 1) drawn per sample. They can be differentiated with respect to the
-    critic's parameters, not to the samples. Autocast is off inside, and the samples in float32 or above: rounding would end up in the norm.
+    critic's parameters, not to the samples. Under autocast they are computed without it, in float32 or above: rounding would end up in the
+    norm.
 
     Args:
         critic: f, samples -> scores, one a sample. A score must depend on its own sample alone: no BatchNorm.

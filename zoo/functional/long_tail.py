@@ -27,7 +27,7 @@ def tau_normalized(weight: Tensor, tau: float) -> Tensor:
                 [0.0000, 1.0000]])
 
     Source:
-        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, equation 2; arXiv 1910.09217.
+        Kang et al., "Decoupling Representation and Classifier for Long-Tailed Recognition", ICLR 2020, section 4; arXiv 1910.09217.
     """
     if not tau >= 0:
         raise ValueError(f"tau must be at least 0, got {tau}")

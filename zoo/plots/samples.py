@@ -23,7 +23,8 @@ def plot_samples(generated: Sequence[np.ndarray] | np.ndarray, real: Sequence[np
 
     Args:
         generated: N images `(H, W, C)`, uint8 or floats in [0, 1], with C = 1 or 3, all of one size.
-        real: images of the same size; those that no full column is left for are not drawn, nor are more than a quarter of N.
+        real: images of the same size, in full columns, a quarter as many as those of the generated ones, at least one; the others are
+            not drawn.
         title: for the upper left corner.
 
     Returns:
