@@ -299,6 +299,10 @@ def _check_settings(output: Path, settings: str) -> None:
 # The rounds
 
 
+class _WrongOutputError(ValueError):
+    """A model gives something else than logits."""
+
+
 @dataclass(frozen=True)
 class _Work:
     """What a process needs to train and use a model of a round."""
@@ -341,9 +345,21 @@ class _Work:
             return None
 
     def try_out(self) -> None:
-        """Refuse what is no classifier before it is trained."""
+        """Refuse what is no classifier before it is trained for long."""
+        some, name = self.index[:2], type(self.datamodule).__name__
         with _untouched():
-            self._predict(self.make_model(self.datamodule), torch.device("cpu"), self.index[:2])
+            module = self.make_model(self.datamodule)
+            try:
+                self._predict(module, torch.device("cpu"), some)
+            except _WrongOutputError as error:
+                raise ValueError(f"{type(module).__name__} does not classify samples of {name}: {error}") from error
+            except (RuntimeError, TypeError, ValueError):
+                # Neighbours, for one, can only be asked once there are some.
+                try:
+                    self._logits(0, 0, some, max_epochs=1, limit_train_batches=1)
+                except (RuntimeError, TypeError, ValueError) as error:
+                    reason = " ".join(str(error).split())
+                    raise ValueError(f"{type(module).__name__} does not classify samples of {name}: {reason}") from error
 
     def write_settings(self) -> None:
         from .plots.exchange import write_file
@@ -354,37 +370,37 @@ class _Work:
         """Train a model and write its logits."""
         from .plots.exchange import write_file
 
-        logits = self._logits(number, model)
+        logits = self._logits(number, model, self.index[~self.trains(number)])
+        if not bool(logits.isfinite().all()):
+            raise ValueError(
+                f"model {model + 1} of round {number + 1} gives outputs that are not finite: its training diverged, lower the learning rate"
+            )
         content = io.BytesIO()
         np.savez(content, logits=logits.numpy(), index=self.index[~self.trains(number)].numpy(), fingerprint=self.fingerprint)
         write_file(self.path(number, model), content.getvalue())
 
-    def _logits(self, number: int, model: int) -> Tensor:
-        data, trains = self.datamodule, self.trains(number)
+    def _logits(self, number: int, model: int, index: Tensor, **settings: Any) -> Tensor:
+        """Logits `(V, n, C)` of samples by a model that is trained for a round; settings go to its trainer."""
+        data = self.datamodule
         before, attached = data.arrays.split, data.trainer
         split = torch.full_like(before, _UNUSED)
-        split[self.index[trains]] = _TRAIN
+        split[self.index[self.trains(number)]] = _TRAIN
         with _untouched():
             try:
                 data.reassign(split=split)
                 seed_everything(int(fold_in(self.seed, _MODEL, number, model)) & 0x7FFFFFFF, verbose=False)
                 module = self.make_model(data)
-                trainer = self.make_trainer(**_SILENT)
+                trainer = self.make_trainer(**_SILENT, **settings)
                 try:
                     trainer.fit(module, datamodule=data)
                 except SystemExit:
                     if trainer.interrupted:  # how Lightning ends on Ctrl-C
                         raise KeyboardInterrupt from None
                     raise
-                logits = self._predict(module, trainer.strategy.root_device, self.index[~trains])
+                return self._predict(module, trainer.strategy.root_device, index)
             finally:
                 data.trainer = attached
                 data.reassign(split=before)
-        if not bool(logits.isfinite().all()):
-            raise ValueError(
-                f"model {model + 1} of round {number + 1} gives outputs that are not finite: its training diverged, lower the learning rate"
-            )
-        return logits
 
     @torch.no_grad()
     def _predict(self, module: LightningModule, device: torch.device, index: Tensor) -> Tensor:
@@ -403,9 +419,8 @@ class _Work:
                 logits = module(inputs.to(dtype) if inputs.is_floating_point() else inputs)
                 if not isinstance(logits, Tensor) or tuple(logits.shape) != (len(part), data.num_classes):
                     shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-                    raise ValueError(
-                        f"{type(module).__name__}.forward must give logits ({len(part)}, {data.num_classes}) of {len(part)} samples, got {shape}: "
-                        "give a classifier of these classes"
+                    raise _WrongOutputError(
+                        f"its forward must give logits ({len(part)}, {data.num_classes}) of {len(part)} samples, got {shape}"
                     )
                 rows[view].append(logits.float().cpu())
         return torch.stack([torch.cat(row) for row in rows])

@@ -197,7 +197,11 @@ def test_clouds(run: Callable[..., tuple[int, str, str]]) -> None:
         (["--apply", "a.zip", *FOLDER], "a.zip: give a name that ends in .h5 or .hdf5"),
         (["--apply", "no/a.h5", *FOLDER], "no/a.h5: there is no folder"),
         (["--views", "2", *FOLDER], "2 views would be alike, as HDF5ImagesDataModule does not augment"),
-        (["--model", "SupConEncoder", "--model.backbone", "conv4", *FOLDER], "SupConEncoder.forward must give logits (2, 10) of 2 samples"),
+        (
+            ["--model", "SupConEncoder", "--model.backbone", "conv4", *FOLDER],
+            "SupConEncoder does not classify samples of HDF5ImagesDataModule: its forward must give logits (2, 10) of 2 samples",
+        ),
+        (["--model", "WGAN", *FOLDER], "WGAN does not classify samples of HDF5ImagesDataModule: "),
         ([], "output"),
     ],
 )

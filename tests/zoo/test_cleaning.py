@@ -481,7 +481,10 @@ def test_mistakes_are_told_before_anything_is_trained(
 
 def test_models_that_cannot_judge_are_refused(tmp_path: Path) -> None:
     data = GuardedDigits()
-    with pytest.raises(ValueError, match=r"PixelModel.forward must give logits \(2, 10\) of 2 samples, got \(2, 7\): give a classifier"):
+    with pytest.raises(
+        ValueError,
+        match=r"PixelModel does not classify samples of GuardedDigits: its forward must give logits \(2, 10\) of 2 samples, got \(2, 7\)",
+    ):
         clean_labels(lambda data: PixelModel(7), data, quick_trainer, tmp_path, report=None)
     assert PixelModel.trained == []
 
@@ -492,6 +495,39 @@ def test_models_that_cannot_judge_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model 1 of round 1 gives outputs that are not finite: its training diverged"):
         clean_labels(lambda data: Diverging(), data, quick_trainer, tmp_path, report=None)
     assert list(tmp_path.glob("predictions/*")) == []
+
+
+def test_a_model_that_must_be_fitted_first_can_judge(tmp_path: Path) -> None:
+    """Such as one of nearest neighbours."""
+
+    class Fitted(PixelModel):
+        fitted = False
+
+        def on_fit_start(self) -> None:
+            self.fitted = True
+
+        def forward(self, images: Tensor) -> Tensor:
+            if not self.fitted:
+                raise ValueError("call fit first")
+            return super().forward(images)
+
+    data = GuardedDigits()
+    before = data.arrays.split
+    result = clean_labels(lambda data: Fitted(), data, quick_trainer, tmp_path, folds=2, report=None)
+    assert [len(seen) for seen in PixelModel.trained[:2]] == [32, 640], "one batch to try it out"
+    assert result.table.votes.tolist() == [1] * 1295
+    assert torch.equal(data.arrays.split, before)
+
+    class Other(PixelModel):
+        def forward(self, images: Tensor, label: Tensor) -> Tensor:  # type: ignore[override]  # what is tested
+            return super().forward(images)
+
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            return F.cross_entropy(self(batch.input, batch.label), batch.label)
+
+    with pytest.raises(ValueError, match="Other does not classify samples of GuardedDigits: .* missing 1 required positional argument"):
+        clean_labels(lambda data: Other(), data, quick_trainer, tmp_path / "other", report=None)
+    assert not (tmp_path / "other").exists()
 
 
 def test_without_cleanlab_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

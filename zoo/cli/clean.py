@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import shlex
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -277,4 +278,6 @@ def _apply(
     lacking = int(kept.sum()) - written
     more = f"; {lacking:,} more, unused or without a label to go by, are left out" if lacking else ""
     kind = "HDF5ImagesDataModule" if data.arrays.input.dim() == 4 else "HDF5PointsDataModule"
-    print(f"{written:,} samples of all splits, {changed}{more}: {options.apply}, for --data {kind} --data.path {options.apply}")
+    print(
+        f"{written:,} samples of all splits, {changed}{more}: {options.apply}, for --data {kind} --data.path {shlex.quote(str(options.apply))}"
+    )
