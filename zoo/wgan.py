@@ -167,6 +167,8 @@ class WGAN(LightningModule):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Noise `(B, latent_dim)` -> normalised images `(B, C, S, S)`."""
+        if latent.shape[1:] != (self.latent_dim,):  # such as images, from a callback for classifiers
+            raise ValueError(f"{type(self).__name__} makes images of noise (batch, {self.latent_dim}), got {tuple(latent.shape)}")
         return (self.generator(latent) - self.image_mean) / self.image_std
 
     @torch.no_grad()

@@ -221,6 +221,8 @@ def test_images_of_another_size_are_told() -> None:
     for images in (torch.zeros(2, 1, 16, 16), torch.zeros(2, 3, 8, 8), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)):
         with pytest.raises(ValueError, match=r"of shape \(batch, 1, 8, 8\), got torch"):
             model_of()._images_and_key(images, 0)
+    with pytest.raises(ValueError, match=r"WGAN makes images of noise \(batch, 6\), got \(2, 1, 8, 8\)"):
+        model_of()(torch.zeros(2, 1, 8, 8))
 
 
 # Samples and files
