@@ -16,12 +16,12 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
 from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
-from .functional.points import normalize_points
 from .layers.classification_metrics import classification_metrics
 from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead, RescaledHead
 from .layers.modes import evaluating
 from .optimization import WarmupCosineLR, configure_optimizer
 from .pretrained import resolve_encoder
+from .raw_inputs import prepare_raw
 
 Head = Literal["linear", "knn", "class_means", "tau_normalized", "weight_scaling"]
 
@@ -235,15 +235,9 @@ class EncoderClassifier(LightningModule):
 
     def _prepare(self, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
         """Raw inputs in batches, as the encoder takes them."""
-        if self.image_input is not None:
-            groups = self.image_input.prepare(inputs, self.device)
-        else:
-            groups = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-            if self.normalization is not None:
-                clouds = [group if group.dim() == 3 else group.unsqueeze(0) for group in groups]
-                groups = [normalize_points(cloud.to(self.device, torch.float32), self.normalization) for cloud in clouds]
+        groups = prepare_raw(inputs, self.image_input, self.normalization, self.device)
         dtype = next((parameter.dtype for parameter in self.encoder.parameters()), torch.float32)
-        return [group.to(self.device, dtype) for group in groups]
+        return [group.to(dtype) for group in groups]
 
     # How a fit begins
 

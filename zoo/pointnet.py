@@ -16,12 +16,13 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
 from .functional.classification import ClassWeights, focal_cross_entropy, make_class_weights, orthogonality_penalty
-from .functional.points import Normalization, VoteBy, normalize_points, voting_views
+from .functional.points import Normalization, VoteBy, voting_views
 from .functional.views import log_mean_probability
 from .layers.classification_metrics import classification_metrics
 from .layers.modes import evaluating
 from .layers.pointwise import Maxima, PointwiseLayers, max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
+from .raw_inputs import prepare_raw
 
 
 def shared_mlp(*widths: int) -> PointwiseLayers:
@@ -234,10 +235,9 @@ class PointNetClassifier(LightningModule):
         Example:
             >>> litzoo.load("pointnet_furniture").predict(torch.rand(2048, 3)).argmax()
         """
-        groups = [clouds if clouds.dim() == 3 else clouds.unsqueeze(0)] if isinstance(clouds, Tensor) else [c.unsqueeze(0) for c in clouds]
+        groups = prepare_raw(clouds, None, self.normalization, self.device)
         with evaluating(self):
-            normalized = [normalize_points(group.to(self.device, torch.float32), self.normalization) for group in groups]
-            return torch.cat([self._vote(group, votes, vote_by).float().softmax(dim=1) for group in normalized])
+            return torch.cat([self._vote(group, votes, vote_by).float().softmax(dim=1) for group in groups])
 
     def _vote(self, points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
         """Logits `(B, C)` of clouds `(B, N, 3)`; with several views, those of their mean probability."""

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .functional.data_selection import Rank, Selection, rank_queue, select
 from .functional.label_cleaning import fuse
-from .functional.points import normalize_points
 from .functional.views import View, ViewPreset, resolve_views
 from .layers.modes import evaluating
+from .raw_inputs import prepare_raw
 
 
 @torch.no_grad()
@@ -144,15 +144,7 @@ def _take(model: Any, data: Any, batch: Any) -> list[Tensor]:
 
 def _prepare(model: Any, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
     """Raw inputs as the model's `predict` prepares them; those of a model that prepares none as they are."""
-    image_input, normalization = getattr(model, "image_input", None), getattr(model, "normalization", None)
-    if image_input is not None:
-        groups: list[Tensor] = image_input.prepare(inputs, _device(model))
-        return groups
-    groups = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    if normalization is None:
-        return groups
-    clouds = [group if group.dim() == 3 else group.unsqueeze(0) for group in groups]
-    return [normalize_points(cloud.to(_device(model), torch.float32), normalization) for cloud in clouds]
+    return prepare_raw(inputs, getattr(model, "image_input", None), getattr(model, "normalization", None), _device(model))
 
 
 def _logits(

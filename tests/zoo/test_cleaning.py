@@ -525,7 +525,7 @@ def test_a_model_that_must_be_fitted_first_can_judge(tmp_path: Path) -> None:
         def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
             return F.cross_entropy(self(batch.input, batch.label), batch.label)
 
-    with pytest.raises(ValueError, match="Other does not classify samples of GuardedDigits: .* missing 1 required positional argument"):
+    with pytest.raises(ValueError, match=r"Other does not classify samples of GuardedDigits: .* missing 1 required positional argument"):
         clean_labels(lambda data: Other(), data, quick_trainer, tmp_path / "other", report=None)
     assert not (tmp_path / "other").exists()
 

@@ -1,0 +1,40 @@
+"""What `predict` takes, as it goes into a network: images brought to size and normalised, clouds normalised, vectors as they are."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .functional.points import Normalization, normalize_points
+from .image_input import ImageInput
+
+
+def prepare_raw(
+    inputs: Tensor | Sequence[Tensor], image_input: ImageInput | None, normalization: Normalization | None, device: torch.device
+) -> list[Tensor]:
+    """Raw inputs as a network wants them.
+
+    Args:
+        inputs: images as `ImageInput.prepare` takes them; clouds `(B, N, 3)`, one cloud `(N, 3)`, or a sequence of either; or anything
+            else, in one tensor or a sequence of batches.
+        image_input: of a network of images, else None.
+        normalization: of a network of clouds, else None.
+        device: where the network is.
+
+    Returns:
+        Batches in the order of the inputs; images and clouds are float32.
+
+    Raises:
+        ValueError: if an image has another shape, type or range, or there is none.
+
+    Example:
+        >>> [batch.shape for batch in prepare_raw([torch.rand(50, 3), torch.rand(2, 70, 3)], None, "unit_sphere", torch.device("cpu"))]
+        [torch.Size([1, 50, 3]), torch.Size([2, 70, 3])]
+    """
+    if image_input is not None:
+        return image_input.prepare(inputs, device)
+    groups = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if normalization is None:
+        return [group.to(device) for group in groups]
+    clouds = [group if group.dim() == 3 else group.unsqueeze(0) for group in groups]
+    return [normalize_points(cloud.to(device, torch.float32), normalization) for cloud in clouds]
