@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts
 
 from ..zoo.functional.views import log_mean_probability
+from .features import known_classes
 from .guards import refuse, refuse_manual_optimization, refuse_sharded, refuse_together
 from .predictions import output_folder
 
@@ -227,12 +228,13 @@ class SnapshotEnsemble(Callback):
         members = _weights_of_snapshots(pl_module, folder)
         original = pl_module.forward
         caller = _Caller(pl_module, original)
+        classes = known_classes(trainer, pl_module, None)
 
         def ensemble(*args: Any, **kwargs: Any) -> Tensor:
             self._called = True
             # The weights of every place are given, and tying would leave modules that occur twice with the snapshot's weights.
             outputs = (functional_call(caller, weights, args, kwargs, tie_weights=False) for weights in members)
-            return log_mean_probability(torch.stack([_checked_logits(pl_module, output) for output in outputs]))
+            return log_mean_probability(torch.stack([_checked_logits(pl_module, output, classes) for output in outputs]))
 
         self._called = False
         # Something else may have replaced it before, such as torch.compile.
@@ -298,9 +300,10 @@ def _places_of_tensors(module: nn.Module) -> list[tuple[str, Tensor]]:
     ]
 
 
-def _checked_logits(module: LightningModule, output: Any) -> Tensor:
+def _checked_logits(module: LightningModule, output: Any, classes: int | None) -> Tensor:
     is_logits = isinstance(output, Tensor) and output.is_floating_point() and output.dim() == 2 and output.shape[1] > 1
-    if not is_logits:
+    if not is_logits or classes not in (None, output.shape[1]):  # of features, the softmax would mean nothing
         found = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise ValueError(f"SnapshotEnsemble averages logits (batch, classes), but the forward of {type(module).__name__} gives {found}")
+        wanted = "(batch, classes)" if classes is None else f"(batch, {classes})"
+        raise ValueError(f"SnapshotEnsemble averages logits {wanted}, but the forward of {type(module).__name__} gives {found}")
     return output

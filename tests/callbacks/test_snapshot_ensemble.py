@@ -379,6 +379,11 @@ class OneColumn(Tuples):
         return Plain.forward(self, x)[:, :1]
 
 
+class OtherClasses(Tuples):
+    num_classes = 99
+    forward = Plain.forward
+
+
 class NeverCalls(Plain):
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.last(batch[0])
@@ -392,6 +397,7 @@ class NeverCalls(Plain):
         (Fails, RuntimeError, "of the step"),
         (Tuples, ValueError, r"averages logits \(batch, classes\), but the forward of Tuples gives tuple"),
         (OneColumn, ValueError, r"the forward of OneColumn gives torch.float64 of shape \(8, 1\)"),
+        (OtherClasses, ValueError, r"averages logits \(batch, 99\), but the forward of OtherClasses gives torch.float64"),
         (NeverCalls, MisconfigurationException, r"the steps of NeverCalls never called forward: let them call self\(x\)"),
     ],
 )
