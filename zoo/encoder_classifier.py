@@ -58,7 +58,7 @@ class EncoderClassifier(LightningModule):
         num_classes: C.
         class_names: name of each class; kept with the weights.
         head: "linear", "knn", "class_means", "tau_normalized" or "weight_scaling"; the last two want an encoder that has a linear
-            classifier on its features, such as a trained `ImageClassifier`.
+            classifier of the same classes on its features, such as a trained `ImageClassifier`.
         freeze: whether the encoder stays as it is; False is fine-tuning.
         label_smoothing: s of the targets (1 - s) onehot(y) + s / C, in [0, 1].
         k: neighbours that vote.
