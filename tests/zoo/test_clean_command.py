@@ -13,8 +13,8 @@ import yaml
 
 from litzoo.datamodules import HDF5ImagesDataModule, HDF5PointsDataModule
 from litzoo.datamodules.hdf5_writing import write_hdf5
-from litzoo.zoo.cli import main
-from litzoo.zoo.cli.clean import _MakeTrainer
+from litzoo.zoo.cli import CommandError, main
+from litzoo.zoo.cli.clean import _checked_trainer, _MakeTrainer
 
 FOLDER = ["--output", "out"]
 
@@ -160,6 +160,15 @@ def test_a_trainer_is_made_anew_without_checkpoints(recipe: Path) -> None:
     assert "ModelCheckpoint" not in names
     assert not set(map(id, first.callbacks)) & set(map(id, second.callbacks))
     assert (first.limit_val_batches, first.max_epochs) == (0, 2)
+
+
+def test_one_callback_needs_no_list() -> None:
+    model = {"class_path": "litzoo.zoo.PointNetClassifier"}
+    for callbacks in ({"class_path": "litzoo.callbacks.EMA"}, [{"class_path": "litzoo.callbacks.EMA", "init_args": {}}], None):
+        assert _checked_trainer({"callbacks": callbacks, "accelerator": "cpu"}, model)["devices"] == 1
+    waits = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    with pytest.raises(CommandError, match="EarlyStopping would wait for ever"):
+        _checked_trainer({"callbacks": waits}, model)
 
 
 def test_clouds(run: Callable[..., tuple[int, str, str]]) -> None:

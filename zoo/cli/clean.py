@@ -174,7 +174,9 @@ def _parse(arguments: list[str]) -> Any:
     )
     help_text = "a label is doubted if another class is more probable, or its probability is below this"
     parser.add_argument("--threshold", type=float, default=0.0, help=help_text)
-    parser.add_argument("--min_flags", type=int | None, default=None, help="votes against a label to review it; by default more than half")
+    parser.add_argument(
+        "--min_flags", "--min-flags", type=int | None, default=None, help="votes against a label to review it; by default more than half"
+    )
     help_text = "choose what to review by this filter of cleanlab instead of votes"
     parser.add_argument("--filter", type=str | None, default=None, help=f"{help_text}: {', '.join(get_args(Filter))}")
     parser.add_argument("--split", nargs="+", choices=SPLITS, default=["train"], help="whose labels to clean; no other split is read")
@@ -182,7 +184,7 @@ def _parse(arguments: list[str]) -> Any:
     parser.add_argument("--show", type=int, default=300, help="samples on the review page, at most")
     parser.add_argument("--apply", type=Path | None, default=None, help="write a cleaned copy of all splits, packed, to this new .h5 file")
     help_text = "give samples to review their proposed label in the copy, or leave them out"
-    parser.add_argument("--apply_by", choices=["relabel", "drop"], default="relabel", help=help_text)
+    parser.add_argument("--apply_by", "--apply-by", choices=["relabel", "drop"], default="relabel", help=help_text)
     help_text = "apply only what was accepted in this CSV file, which the review page downloads"
     parser.add_argument("--decisions", type=Path | None, default=None, help=help_text)
     parser.add_argument("--seed_everything", type=int | bool, default=0, help="seed of folds, models and views")
@@ -217,14 +219,14 @@ def _checked_trainer(trainer: dict[str, Any], model: dict[str, Any]) -> dict[str
     """The trainer's settings for one device and no validation, in the precision that `fit` would choose."""
     if trainer.get("devices") not in (None, "auto", 1, "1") or trainer.get("num_nodes", 1) != 1:
         raise CommandError("litzoo clean trains each model on one device: give --trainer.devices 1, and --jobs for several models at once")
-    for callback in trainer.get("callbacks") or []:
-        if callback["class_path"].endswith("EarlyStopping") and str(callback["init_args"].get("monitor")).startswith("val"):
+    callbacks = trainer.get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if callback["class_path"].endswith("EarlyStopping") and _monitor(callback).startswith("val"):
             raise CommandError(
                 "label cleaning does not validate, so EarlyStopping would wait for ever: leave it out of --trainer.callbacks, and say with "
                 "--trainer.max_epochs how long to train"
             )
-    scheduler = (model.get("init_args") or {}).get("lr_scheduler") or {}
-    monitor = str((scheduler.get("init_args") or {}).get("monitor"))
+    monitor = _monitor((model.get("init_args") or {}).get("lr_scheduler") or {})
     if monitor.startswith("val"):
         raise CommandError(
             f"label cleaning does not validate, so no learning rate can follow {monitor}: give another --model.lr_scheduler, or one that "
@@ -234,6 +236,11 @@ def _checked_trainer(trainer: dict[str, Any], model: dict[str, Any]) -> dict[str
     if trainer.get("precision") is None and getattr(_class_of(model), "prefers_bf16", False):
         chosen["precision"] = native_precision(str(trainer.get("accelerator")))
     return chosen
+
+
+def _monitor(settings: dict[str, Any]) -> str:
+    """The quantity that a class with these settings watches, if any."""
+    return str((settings.get("init_args") or {}).get("monitor"))
 
 
 def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
