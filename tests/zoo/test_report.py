@@ -79,6 +79,10 @@ def test_a_matrix_has_a_cell_for_each_count(classes: int) -> None:
     assert len(cells) == np.count_nonzero(counts)
     tips = [element[0].text or "" for element in cells]
     assert sum(int(re.search(r": (\d+) of", tip)[1]) for tip in tips) == counts.sum()  # type: ignore[index]  # there is one in each
+    names = [element for element in root.iter("text") if element.attrib["text-anchor"] == "end"]
+    assert len(names) == (2 * classes if classes < 100 else 0)
+    # The margin is made for this size, and the page's style must not change it.
+    assert all(element.attrib["style"].startswith("font-size:") for element in names)
     row, column = np.argwhere(counts)[0]
     assert tips[0] == f"class <{row}> taken for class <{column}>: {counts[row, column]} of {counts[row].sum()}"
     with pytest.raises(ValueError, match="must have shape"):

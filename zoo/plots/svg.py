@@ -166,7 +166,7 @@ def matrix_chart(matrix: np.ndarray, class_names: Sequence[str]) -> str:
     parts.append(f'<rect class="frame" x="{margin:.1f}" y="4" width="{classes * side:.1f}" height="{classes * side:.1f}"/>')
     for number, name in enumerate(names):
         middle = (number + 0.5) * side
-        font = f'font-size="{size:.1f}"'
+        font = f'style="font-size:{size:.1f}px"'  # an attribute would give way to the page's style
         parts.append(f'<text x="{margin - 5:.1f}" y="{4 + middle + size / 3:.1f}" text-anchor="end" {font}>{html.escape(name)}</text>')
         turn = f'transform="translate({margin + middle + size / 3:.1f} {end + 5:.1f}) rotate(-90)"'
         parts.append(f'<text {turn} text-anchor="end" {font}>{html.escape(name)}</text>')
