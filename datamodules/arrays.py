@@ -397,8 +397,9 @@ class ArrayDataModule(LightningDataModule):
             raise ValueError("the split leaves no sample to train on")
         self.arrays = replace(
             arrays,
-            split=arrays.split if split is None else split.to(torch.uint8),
-            label=arrays.label if label is None else label.long(),
+            # Copies: what the caller does to its own tensors later must not change the data.
+            split=arrays.split if split is None else split.to(torch.uint8, copy=True),
+            label=arrays.label if label is None else label.to(torch.long, copy=True),
         )
         vars(self).pop("fingerprint", None)
 

@@ -17,6 +17,7 @@ from .packing import block_dataset, packed_place
 from .splits import TEST, TRAIN, UNUSED, VAL
 
 _SPLITS = {"train": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "test": TEST}
+_UNLABELLED = ("unlabelled", "unlabeled")
 _CURE = ": remove or replace them, or leave them out with --data.skip_corrupt true"
 
 
@@ -46,13 +47,14 @@ class ClassFolders:
         root: the folder.
         kind: which files count.
         inner_splits: whether the splits may also lie within the classes, `<class>/{train,val,test}/**/*`.
+        unlabelled: whether a folder `unlabelled` or `unlabeled` in the place of a class holds training files without a label.
 
     Attributes:
         root: the folder.
         kind: which files count.
         names: of all files, relative to the folder and in ascending order.
         fingerprint: of names, sizes and times of modification.
-        label: `(M,)` int64.
+        label: `(M,)` int64; -1 for those without a label.
         split: `(M,)` uint8, or None without folders for the splits.
         class_names: in ascending order.
 
@@ -64,7 +66,7 @@ class ClassFolders:
         ('cat', 'dog')
     """
 
-    def __init__(self, root: Path, kind: Kind, inner_splits: bool = False) -> None:
+    def __init__(self, root: Path, kind: Kind, inner_splits: bool = False, unlabelled: bool = False) -> None:
         self.root, self.kind = root, kind
         if not root.is_dir():
             unpack = "is a file: unpack it first, and give the folder"
@@ -90,18 +92,22 @@ class ClassFolders:
             others = f" (and {len(stray) - 1} more)" if len(stray) > 1 else ""
             place = f"{root}/{'train/' * depth}<class>/"
             raise DataError(f"{root / stray[0]}{others} lies in no class folder: move it to {place}, or remove it")
-        classes = sorted({part[depth] for part in parts})
+        without = {part[depth] for part in parts if unlabelled and part[depth].lower() in _UNLABELLED}
+        classes = sorted({part[depth] for part in parts} - without)
         if len(classes) < 2:
             raise DataError(
-                f"{root} has {kind.nouns} of one class only, {classes[0]}: it must hold a folder for each class, or train/<class> and so on"
+                f"{root} has {kind.nouns} of {'one class only, ' + classes[0] if classes else 'no class'}: it must hold a folder for each class, or train/<class> and so on"
             )
-        for empty in sorted(name for name in folders if name.count("/") == depth and name.split("/")[depth] not in classes):
+        for empty in sorted(name for name in folders if name.count("/") == depth and name.split("/")[depth] not in {*classes, *without}):
             warnings.warn(f"{root / empty} holds no {kind.noun} and is no class", stacklevel=2)
-        number = {name: cls for cls, name in enumerate(classes)}
+        number = {name: cls for cls, name in enumerate(classes)} | dict.fromkeys(without, -1)
         self.label = torch.tensor([number[part[depth]] for part in parts])
         above = [part[0] for part in parts] if depth else self._inner(parts) if inner_splits else None
         split = torch.tensor([_SPLITS[name.lower()] for name in above or ()], dtype=torch.uint8)
         self.split = split if (split != TRAIN).any() else None
+        if self.split is not None and bool(((self.label < 0) & (self.split != TRAIN)).any()):
+            wrong = next(name for name, label, part in zip(self.names, self.label, self.split, strict=True) if label < 0 and part != TRAIN)
+            raise DataError(f"{root / wrong} is for validation or test, but has no label: move it to {root}/train/{min(without)}")
         self.class_names = tuple(classes)
 
     def _depth(self, tops: set[str]) -> int:

@@ -135,12 +135,9 @@ class HDF5ImagesDataModule(ImageDataModule):
 
     def read(self) -> Arrays:
         arrays, given = read_images(self.path, unlabelled=True)
-        known = arrays.label >= 0
-        split = arrays.split if given is None else given.to(torch.uint8)
-        lost = int((split[~known] != TRAIN).sum())
+        lost = 0 if given is None else int((given[arrays.label < 0] != TRAIN).sum())
         if lost:
             raise DataError(
                 f"{self.path}: {lost} images for validation or test have no label, but -1: label them, or put them into the training split"
             )
-        split[known] = self.finish_split(arrays.label[known], None if given is None else given[known])
-        return replace(arrays, split=split)
+        return replace(arrays, split=self.finish_split(arrays.label, given))

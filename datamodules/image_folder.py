@@ -48,7 +48,8 @@ class ImageFolderDataModule(ImageDataModule):
     memory-mapped from then on: a later start opens no image. If a file is added, removed or changed, all are packed anew.
     Colours: transparency lies on white, 16 bits are scaled to 8, the orientation that a camera noted is respected, of an
     animation the first frame counts. Hidden files are ignored. A folder `valid` or `validation` is `val`; without `val`, validation
-    images are held out from `train`; without `test`, there is no test split. A single folder `train` counts as no split.
+    images are held out from `train`; without `test`, there is no test split. A single folder `train` counts as no split. A folder
+    `unlabelled` (or `unlabeled`) beside those of the training classes holds images without a label, for models and callbacks that want none.
 
     Args:
         path: the folder; `~` and environment variables are resolved.
@@ -153,7 +154,7 @@ class ImageFolderDataModule(ImageDataModule):
             return why_undecodable(error)
 
     def read(self) -> Arrays:
-        folders = ClassFolders(self.path, _KIND)
+        folders = ClassFolders(self.path, _KIND, unlabelled=True)
         color, channels = ("rgb", 3) if self.color else ("grey", 1)
         source = f"{_SOURCE}: {self.size} {self.fit} {color} {folders.fingerprint}"
         packed = folders.place(f"{self.path.name}.{self.size}.{self.fit}.{color}.h5", source, self.pack)

@@ -93,12 +93,17 @@ class ImageDataModule(ArrayDataModule):
         """The split to train with: validation is held out where there is none, and training thinned out.
 
         Args:
-            label: `(M,)` int64.
+            label: `(M,)` int64; those without a label, -1, are left where they are, or train.
             split: `(M,)` of the data, or None.
 
         Returns:
             `(M,)` uint8: 0 = train, 1 = validation, 2 = test, 3 = unused.
         """
+        known = label >= 0
+        if not known.all():
+            finished = torch.zeros(len(label), dtype=torch.uint8) if split is None else split.to(torch.uint8)
+            finished[known] = self.finish_split(label[known], None if split is None else split[known])
+            return finished
         if split is None:
             split = stratified_split(label, self.val_fraction, self.test_fraction, self.split_seed)
         elif not (split == VAL).any():

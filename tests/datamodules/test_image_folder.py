@@ -92,6 +92,35 @@ def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert ImageFolderDataModule(tmp_path / "vehicles", size=16).class_names == ["bus", "train"]
 
 
+@pytest.mark.parametrize(("above", "name"), [("", "unlabelled"), ("train", "Unlabeled")])
+def test_a_folder_without_label_trains_and_is_no_class(tmp_path: Path, above: str, name: str) -> None:
+    root = write_folder(tmp_path / "pets" / above)
+    (root / name).mkdir()
+    for number in range(7):
+        shutil.copy(root / "cat" / "00.png", root / name / f"{number}.png")
+    if above:
+        write_folder(tmp_path / "pets" / "test")
+    data = ImageFolderDataModule(tmp_path / "pets", size=16, train_fraction=0.5)
+    assert data.class_names == ["cat", "dog", "eel"]
+    assert [name in file for file in data.files] == (data.arrays.label < 0).tolist()
+    assert (data.arrays.split[data.arrays.label < 0] == TRAIN).all()
+    assert sum(data.class_counts) == data.num_train - 7
+    labelled = data.arrays.label >= 0
+    alone = ImageFolderDataModule(write_folder(tmp_path / "alone"), size=16, train_fraction=0.5)
+    if not above:
+        assert torch.equal(data.arrays.split[labelled], alone.arrays.split), "the others are split as ever"
+    assert HDF5ImagesDataModule(data.arrays.mapped).class_counts == ImageFolderDataModule(tmp_path / "pets", size=16).class_counts
+
+
+def test_an_image_to_score_must_have_a_label(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_folder(tmp_path / "pets" / split)
+    (tmp_path / "pets" / "test" / "unlabelled").mkdir()
+    shutil.copy(tmp_path / "pets" / "test" / "cat" / "00.png", tmp_path / "pets" / "test" / "unlabelled" / "x.png")
+    with pytest.raises(DataError, match=r"x\.png is for validation or test, but has no label: move it to .*pets/train/unlabelled"):
+        ImageFolderDataModule(tmp_path / "pets", size=16).arrays  # noqa: B018  # read on first use
+
+
 def test_hidden_files_are_ignored(root: Path) -> None:
     before = ImageFolderDataModule(root, size=16).files
     for hidden in (root / ".git", root / "cat" / ".thumbnails"):

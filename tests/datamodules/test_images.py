@@ -249,6 +249,9 @@ def test_samples_change_their_split_and_label_from_the_next_loader_on() -> None:
     assert sum(data.class_counts) == 35
     assert data.image_mean == mean
     assert data.fingerprint != before
+    split[:], label[:] = 1, 0
+    assert data.num_train == 40, "what becomes of the given tensors later changes nothing"
+    assert sum(data.class_counts) == 35
 
 
 @pytest.mark.parametrize(
