@@ -176,6 +176,7 @@ def test_clouds(run: Callable[..., tuple[int, str, str]]) -> None:
     status, output, error = run(*FOLDER, "--folds", "2", *quick, "--show", "3", "--apply", "new.h5", config="pointnet_furniture")
     assert (status, error) == (0, "")
     assert "--data HDF5PointsDataModule --data.path new.h5" in output
+    assert "more labels are doubted than not: models that weak cannot judge them" in output
     page = json.loads(Path("out/review.html").read_text().partition('id="data">')[2].partition("</script>")[0])
     assert len(page["items"]) == 3
     assert all(len(item["png"]) > 1000 for item in page["items"])

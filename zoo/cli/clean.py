@@ -269,6 +269,11 @@ def _tell(summary: dict[str, Any], shown: int, output: Path) -> None:
         print(f"  {each['name']:<{width}}  {each['review']:>6,} of {each['samples']:,}" + (f": {likely}" if likely else ""))
     if len(doubted) < sum(each["review"] > 0 for each in classes):
         print(f"  the other classes: {output / 'summary.json'}")
+    if 2 * review > summary["samples"]:
+        print(
+            "more labels are doubted than not: models that weak cannot judge them; train longer with --trainer.max_epochs, or on more samples "
+            "with --scheme leave_one_out"
+        )
     more = f", the first {shown:,}" if shown < review else ""
     print(f"every label: {output / 'labels.csv'}; to look through{more}: {output / 'review.html'}")
 
