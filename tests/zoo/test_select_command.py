@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -17,6 +18,7 @@ import litzoo
 from litzoo.datamodules import DigitsDataModule
 from litzoo.zoo import ImageClassifier, InstanceDiscrimination, LogisticRegression, PointNetClassifier, select_samples
 from litzoo.zoo.cli import main
+from litzoo.zoo.cli.sources import read_sample, read_samples
 
 NAMES = [f"digit {number}" for number in range(10)]
 PICTURES = 30
@@ -180,6 +182,25 @@ def test_clouds(run: Callable[..., Any], tmp_path: Path) -> None:
     assert run("shapes", *arguments, "--up-axis", "z", "--output", "next")[0] == 0
     assert {row["file"] for row in table("next/queue.csv")} == {"shapes/0.npy", "shapes/1.npy", "shapes/2.npy", "shapes/3.xyz"}
     assert all(item["png"] for item in page("next/review.html"))
+
+
+def test_a_stored_cloud_is_read_again_as_it_was(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.save(tmp_path / "one.npy", rng.normal(size=(9, 6)))
+    np.save(tmp_path / "three.npy", rng.normal(size=(3, 9, 3)).astype(np.float32))
+    for name, shape, count in (("one.h5", (9, 3), [5]), ("three.h5", (3, 9, 7), [9, 4, 1]), ("whole.h5", (2, 9, 3), None)):
+        with h5py.File(tmp_path / name, "w") as file:
+            file["points"] = rng.normal(size=shape).astype(np.float32)
+            if count is not None:
+                file["count"] = count
+    number = 0
+    for samples in read_samples(sorted(tmp_path.iterdir()), "points", 4, {}, up_axis="z"):
+        for place, cloud in zip(samples.places, samples.inputs, strict=True):
+            again = read_sample(*place, "points", up_axis="z")
+            assert again.dtype == np.float32
+            np.testing.assert_array_equal(again, cloud.numpy())
+            number += 1
+    assert number == 10
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,19 @@ def _clouds(path: Path) -> list[np.ndarray]:
     return own
 
 
+def _stored_cloud(path: Path, number: int) -> np.ndarray:
+    """One of the clouds that `_clouds` found good, without reading the others, of which there may be very many."""
+    if path.suffix.lower() == ".npy":
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.array((array if array.ndim == 2 else array[number])[:, :3], dtype=np.float32)
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        stored = file["points"]
+        cloud = stored[()] if stored.ndim == 2 else stored[number]
+        return np.array(cloud[: file["count"][number] if "count" in file else len(cloud), :3], dtype=np.float32)
+
+
 def _check_pixels(path: Path, array: Any) -> None:
     shape: tuple[int, ...] = getattr(array, "shape", ())
     if getattr(array, "dtype", None) != np.uint8 or len(shape) not in (3, 4) or shape[-1] not in (1, 3) or 0 in shape:
@@ -357,7 +370,7 @@ def read_sample(path: Path, number: int, kind: Kind, points: int | None = None, 
         A picture `(H, W, C)` uint8, perhaps a smaller one, or a cloud `(N, 3)` float32.
     """
     if kind == "points":
-        cloud = _clouds(path)[number] if path.suffix.lower() in ARRAYS else read_cloud(path, points or POINTS)
+        cloud = _stored_cloud(path, number) if path.suffix.lower() in ARRAYS else read_cloud(path, points or POINTS)
         return turn_up(cloud, up_axis or "y")
     if path.suffix.lower() not in ARRAYS:
         return np.array(decode_picture(path, enough=_THUMBNAIL))
