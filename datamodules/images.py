@@ -101,7 +101,7 @@ class ImageDataModule(ArrayDataModule):
         """
         known = label >= 0
         if not known.all():
-            finished = torch.zeros(len(label), dtype=torch.uint8) if split is None else split.to(torch.uint8)
+            finished = torch.zeros(len(label), dtype=torch.uint8) if split is None else split.to(torch.uint8, copy=True)
             finished[known] = self.finish_split(label[known], None if split is None else split[known])
             return finished
         if split is None:
