@@ -157,13 +157,13 @@ def test_resumed_in_the_middle_of_an_epoch_equals_uninterrupted(tmp_path: Path) 
 def test_trains_in_every_precision_on_somebody_elses_loader(precision: Any) -> None:
     """Tuples of images and labels, or images alone; the gradients that the penalty holds stay finite."""
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    loader: Any = DataLoader([(image, 0) for image in images], 20)  # type: ignore[arg-type]  # a list is as good as a data set
+    loader: Any = DataLoader([(image, 0) for image in images], batch_size=20)  # type: ignore[arg-type]  # a list is as good as a data set
     weights = []
     for _ in range(2):
         model = model_of()
         before = copy.deepcopy(model)
         trainer = Trainer(max_epochs=3, precision=precision, **QUIET)
-        trainer.fit(model, loader, DataLoader(images, 20))  # type: ignore[arg-type]  # likewise
+        trainer.fit(model, loader, DataLoader(images, batch_size=20))  # type: ignore[arg-type]  # likewise
         assert all(value.isfinite() for value in trainer.callback_metrics.values())
         for (name, weight), start in zip(model.named_parameters(), before.parameters(), strict=True):
             # A bias before BatchNorm, and the critic's last one, have no gradient; small steps round away in bfloat16.
@@ -171,7 +171,7 @@ def test_trains_in_every_precision_on_somebody_elses_loader(precision: Any) -> N
         weights.append(torch.cat([weight.detach().flatten() for weight in model.parameters()]))
         torch.randn(3)  # moves the global stream
     assert torch.equal(*weights)
-    assert trainer.predict(model, DataLoader(images, 20))[0].shape == (20,)  # type: ignore[arg-type, index, union-attr]  # likewise
+    assert trainer.predict(model, DataLoader(images, batch_size=20))[0].shape == (20,)  # type: ignore[arg-type, index, union-attr]  # likewise
 
 
 def test_views_are_images_and_each_step_has_noise_of_its_own() -> None:
