@@ -339,7 +339,7 @@ class PseudoLabels(Callback):
         if self._renew:
             # The next epoch begins with a new loader; not sooner, because validation would make its own anew as well.
             self._reload, self._renew = trainer.reload_dataloaders_every_n_epochs, False  # type: ignore[attr-defined]  # set in a connector
-            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+            trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]  # set in a connector
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.teardown(trainer, pl_module, "fit")

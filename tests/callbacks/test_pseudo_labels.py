@@ -363,7 +363,7 @@ def test_settings_out_of_range(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         PseudoLabels(**settings)
     with pytest.raises(TypeError, match="must be a PseudoLabelDataset"):
-        PseudoLabels(dataset=TensorDataset(torch.zeros(3)))  # type: ignore[arg-type]
+        PseudoLabels(dataset=TensorDataset(torch.zeros(3)))  # type: ignore[arg-type]  # not what it takes, on purpose
 
 
 def test_refuses_what_cannot_work(tmp_path: Path) -> None:

@@ -33,8 +33,8 @@ def settled(module: nn.Module) -> Any:
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, std=0.3)
-            nn.init.normal_(layer.running_mean, std=0.3)  # type: ignore[arg-type]
-            nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]
+            nn.init.normal_(layer.running_mean, std=0.3)  # type: ignore[arg-type]  # None only without running statistics
+            nn.init.uniform_(layer.running_var, 0.5, 2.0)  # type: ignore[arg-type]  # likewise
     return module.eval()
 
 
@@ -279,7 +279,7 @@ def test_other_networks(pairs: Pairs) -> None:
         (pairs.checkpoint(), "moco", "no layout 'moco'; there are lemniscate, supcontrast, relational"),
     ):
         with pytest.raises(WeightsError, match=words):
-            from_published(checkpoint, layout)  # type: ignore[arg-type]
+            from_published(checkpoint, layout)  # type: ignore[arg-type]  # a wrong name, on purpose
 
 
 def test_hyper_parameters(pairs: Pairs) -> None:
@@ -376,7 +376,7 @@ def test_command(pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str
     raw = torch.rand(2, 3, 32, 32)
     with torch.no_grad():
         expected = pairs.encoder((raw - 0.5) / 0.25).flatten(1)
-    torch.testing.assert_close(model.embed(raw), expected, rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+    torch.testing.assert_close(model.embed(raw), expected, rtol=1e-4, atol=1e-5)  # type: ignore[operator]  # `embed` of a model of unknown class
 
     assert main(arguments) == 2
     assert "exists already" in capsys.readouterr().err

@@ -148,8 +148,8 @@ def test_presets_want_tensors(preset: str, reason: str) -> None:
 
 def test_refuses_unknown_settings() -> None:
     with pytest.raises(ValueError, match=r"one of flip, flip_rotations, .*; got 'mirrored'"):
-        TestTimeViews(Network(), "mirrored")  # type: ignore[arg-type]
+        TestTimeViews(Network(), "mirrored")  # type: ignore[arg-type]  # no such preset, on purpose
     with pytest.raises(TypeError, match="sequence of functions"):
-        TestTimeViews(Network(), [1])  # type: ignore[list-item]
+        TestTimeViews(Network(), [1])  # type: ignore[list-item]  # no function, on purpose
     with pytest.raises(ValueError, match="merge must be one of probabilities, logits"):
-        TestTimeViews(Network(), "flip", "median")  # type: ignore[arg-type]
+        TestTimeViews(Network(), "flip", "median")  # type: ignore[arg-type]  # no such merge, on purpose

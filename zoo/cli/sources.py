@@ -142,7 +142,7 @@ def _held(path: Path) -> Kind | None:
         import h5py
 
         with h5py.File(path, "r") as file:
-            held: list[Kind] = [kind for kind in NOUN if _CONTENT[kind] in file]  # type: ignore[misc]
+            held: list[Kind] = [kind for kind in NOUN if _CONTENT[kind] in file]  # type: ignore[misc]  # keys of a dict of Kinds
             return held[0] if len(held) == 1 else None
     except (ValueError, OSError, EOFError):
         return None
