@@ -1,7 +1,6 @@
 """Takes predictions and labels out of the steps of any classifier."""
 
 import csv
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.batch import input_and_label
+from ..zoo.files import whole_file
 from ..zoo.functional.confusion import confusion_matrix
 
 
@@ -75,15 +75,10 @@ def output_folder(trainer: Trainer) -> Path:
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows under a temporary name and rename it, so that no half-written table is ever seen."""
+    """Write rows as a CSV file, see `whole_file`; its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
 
 
 class EpochConfusion:

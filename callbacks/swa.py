@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from ..zoo.files import whole_file
 from .averaged_weights import AveragedWeights
 from .batch_norm import batch_norms, check_batch_norm, estimate_batch_norm, modules_in_eval
 from .guards import refuse
@@ -185,13 +186,9 @@ def mean_checkpoint(paths: Sequence[str | os.PathLike[str]], weights_only: bool 
 
 
 def write_checkpoint(checkpoint: dict[str, Any], output: Path) -> Path:
-    """Write it under a temporary name and rename it; returns the file."""
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    """Write it whole, see `whole_file`; returns the file."""
+    with whole_file(output) as temporary:
         torch.save(checkpoint, temporary)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     return output
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..zoo.files import whole_file
 from .arrays import Arrays
 from .errors import DataError
 from .splits import TRAIN, UNUSED
@@ -106,22 +107,16 @@ def write_hdf5(
     if free < needed:  # told now, because the library does not survive a full disk
         raise DataError(f"{target} takes {needed / 1e6:,.1f} MB, but there are {free / 1e6:,.1f} MB free: make room")
 
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w") as file:
-            shape = (*samples.shape[2:], samples.shape[1]) if images else tuple(samples.shape[1:])
-            dtype = np.dtype("uint8") if images else (samples[:0].numpy().dtype)
-            block = file.create_dataset("image" if images else "points", (len(index), *shape), dtype)
-            rows = max(1, _BLOCK // size)
-            for start in range(0, len(index), rows):
-                part = samples[index[start : start + rows]]
-                block[start : start + rows] = (part.permute(0, 2, 3, 1) if images else part).numpy()
-            for name, column in columns.items():
-                file[name] = column.numpy()
-            for name, values in texts.items():
-                if len(values):
-                    file[name] = np.array([value.encode("utf-8", "replace").decode() for value in values], dtype=h5py.string_dtype())
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as temporary, h5py.File(temporary, "w") as file:
+        shape = (*samples.shape[2:], samples.shape[1]) if images else tuple(samples.shape[1:])
+        block = file.create_dataset("image" if images else "points", (len(index), *shape), samples[:0].numpy().dtype)
+        rows = max(1, _BLOCK // size)
+        for start in range(0, len(index), rows):
+            part = samples[index[start : start + rows]]
+            block[start : start + rows] = (part.permute(0, 2, 3, 1) if images else part).numpy()
+        for name, column in columns.items():
+            file[name] = column.numpy()
+        for name, values in texts.items():
+            if len(values):
+                file[name] = np.array([value.encode("utf-8", "replace").decode() for value in values], dtype=h5py.string_dtype())
     return len(index)

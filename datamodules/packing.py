@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..zoo.files import whole_file
 from .errors import DataError
 
 # No permission, no room, a read-only file system, a file where a folder is needed.
@@ -56,18 +57,13 @@ def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str
 def _write(path: Path, source: str, write: Callable[[Any], None]) -> None:
     import h5py
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with h5py.File(temporary, "w") as file:
-            write(file)
-            file.attrs["source"] = source
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
+        write(file)
+        file.attrs["source"] = source
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove the temporary files `.NAME.PID` that a killed process left of a file; to be called by the one process that may write it.
+    """Remove the temporary files of `whole_file` that a killed process left beside a file; to be called by the one process that may write it.
 
     Args:
         path: the file that they were to become.

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from .batch import Batch
+from .files import write_file
 from .functional.label_cleaning import LabelTable, assign_folds, fuse, judge_labels, mean_probabilities
 from .functional.random import fold_in
 
@@ -362,14 +363,10 @@ class _Work:
                     raise ValueError(f"{type(module).__name__} does not classify samples of {name}: {reason}") from error
 
     def write_settings(self) -> None:
-        from .plots.exchange import write_file
-
         write_file(self.output / "settings.json", self.settings.encode())
 
     def run(self, number: int, model: int) -> None:
         """Train a model and write its logits."""
-        from .plots.exchange import write_file
-
         logits = self._logits(number, model, self.index[~self.trains(number)])
         if not bool(logits.isfinite().all()):
             raise ValueError(

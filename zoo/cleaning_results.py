@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .cleaning import CleaningResult
+from .files import write_file
 from .functional.confusion import confusion_matrix
 
 _UNJUDGED = "unjudged"
@@ -37,8 +38,6 @@ def write_tables(folder: str | os.PathLike[str], result: CleaningResult, files: 
         >>> write_tables("cleaning", result)["review"]
         26
     """
-    from .plots.exchange import write_file
-
     target, names = Path(folder), result.class_names
     table = result.table
     columns = zip(

@@ -1,7 +1,6 @@
 """Models as ONNX files, each checked against the model before it gets its name."""
 
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from .files import whole_file
 from .functional.points import normalize_points
 from .layers.modes import evaluating
 from .pretrained import WeightsError
@@ -67,34 +67,29 @@ def export_onnx(model: LightningModule, path: str | os.PathLike[str]) -> None:
     except ImportError as error:
         raise WeightsError(f'{error.name} is missing: pip install "litzoo[export]"') from error
 
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with evaluating(model):
-            whole = _Clouds(model).eval()
-            example = torch.rand(2, 64, 3, device=model.device)
-            program = torch.onnx.export(
-                whole,
-                (example,),
-                dynamo=True,
-                input_names=["points"],
-                output_names=["probabilities"],
-                dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("points")},),
-                external_data=False,
-                verbose=False,
-            )
-            assert program is not None
-            program.save(temporary)
-            file = onnx.load(temporary)
-            onnx.helper.set_model_props(file, {"class_names": "\n".join(getattr(model, "class_names", []))})
-            onnx.save(file, temporary)
-            clouds = torch.randn(3, 200, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
-            with torch.no_grad():
-                expected = whole(clouds.to(model.device)).cpu()
-            session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
-            found = torch.from_numpy(session.run(None, {"points": clouds.numpy()})[0])
-            difference = float((found - expected).abs().max())
-            if not difference < _TOLERANCE:
-                raise WeightsError(f"the ONNX file differs from the model by {difference:.2g} in a probability and is not kept")
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, evaluating(model):
+        whole = _Clouds(model).eval()
+        example = torch.rand(2, 64, 3, device=model.device)
+        program = torch.onnx.export(
+            whole,
+            (example,),
+            dynamo=True,
+            input_names=["points"],
+            output_names=["probabilities"],
+            dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("points")},),
+            external_data=False,
+            verbose=False,
+        )
+        assert program is not None
+        program.save(temporary)
+        file = onnx.load(temporary)
+        onnx.helper.set_model_props(file, {"class_names": "\n".join(getattr(model, "class_names", []))})
+        onnx.save(file, temporary)
+        clouds = torch.randn(3, 200, 3, generator=torch.Generator().manual_seed(0)) * 2 + 1
+        with torch.no_grad():
+            expected = whole(clouds.to(model.device)).cpu()
+        session = onnxruntime.InferenceSession(temporary.read_bytes(), providers=["CPUExecutionProvider"])
+        found = torch.from_numpy(session.run(None, {"points": clouds.numpy()})[0])
+        difference = float((found - expected).abs().max())
+        if not difference < _TOLERANCE:
+            raise WeightsError(f"the ONNX file differs from the model by {difference:.2g} in a probability and is not kept")

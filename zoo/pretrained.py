@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import secrets
 import shlex
 import textwrap
 import zipfile
@@ -22,6 +21,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .. import __version__, zoo
+from .files import whole_file
 
 WEIGHTS = Path(__file__).parent / "weights"
 _FORMAT = "1"
@@ -318,16 +318,10 @@ def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str
         "save every argument of its constructor as a hyper-parameter, and do not change its layers afterwards",
     )
 
-    # Made by open(), not by tempfile: that one's files are readable by their owner only.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            file.write(to_safetensors(tensors, metadata=header))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(to_safetensors(tensors, metadata=header))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _index() -> dict[str, Any]:

@@ -1,7 +1,6 @@
 """`litzoo embed`: features that a trained model gives to the samples of a data set, in an HDF5 file."""
 
 import inspect
-import os
 from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from jsonargparse import ArgumentParser
 
 from ..batch import Batch
+from ..files import whole_file
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
 
@@ -97,12 +97,8 @@ def embed(arguments: list[str]) -> int:
         check_split(data, split)
     model = load_model(options.model, options.device)
     check_agreement(model, options.model, data)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
+    with whole_file(output) as temporary:
         counts = _write(temporary, model, data, splits, options)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
     print(f"{', '.join(f'{count:,} {split}' for split, count in counts.items())} samples: {output}")
     return 0
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from ...datamodules.meshes import UpAxis
+from ..files import write_file
 from ..functional.points import VoteBy
 from ..pretrained import load, load_checkpoint
 from . import CommandError
@@ -58,12 +59,7 @@ def _write(rows: list[dict[str, Any]], output: Path | None, noun: str) -> None:
     if output is None:
         sys.stdout.write(content.decode())
         return
-    temporary = output.with_name(f".{output.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(output)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_file(output, content)
     print(f"{len(rows)} {noun}: {output}")
 
 

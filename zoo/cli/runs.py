@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
+from ..files import whole_file
 from . import CommandError
 
 
@@ -116,12 +117,10 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def write_rows(path: Path, fields: list[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write a metrics file in one go: whoever reads it, or kills the process, finds the old rows or the new ones."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=fields)
         writer.writeheader()
         writer.writerows(rows)
-    temporary.replace(path)
 
 
 class ResumePoint(NamedTuple):

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ...datamodules.meshes import UpAxis
+from ..files import write_file
 from ..functional.data_selection import Rank, Selection
 from ..functional.views import ViewPreset
-from ..plots.exchange import write_file
 from ..plots.review import ReviewItem, cloud_png, image_png, sample_picture, write_review_html
 from ..selection import select_samples
 from . import CommandError

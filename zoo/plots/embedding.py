@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .exchange import write_file
+from ..files import write_file
 from .figures import INK, LINES, MUTED, new_figure, shorten, text_width
 from .images import _rgb
 from .point_clouds import _perceived

@@ -6,11 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..files import write_file
 from .critical_points import body_of, shape_of
 from .point_clouds import cloud_of
 
@@ -31,31 +31,6 @@ class Scene(NamedTuple):
     points: np.ndarray
     critical: np.ndarray
     upper: np.ndarray | None
-
-
-def write_file(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write under a temporary name and rename it, so that no half-written file is ever seen.
-
-    Args:
-        path: the file; its folder is made.
-        content: all of it.
-
-    Raises:
-        OSError: if it cannot be written; it names the file.
-
-    Example:
-        >>> write_file("note.txt", b"done")
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(target)
-    except OSError as error:  # a full disk names no file, others the temporary one
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_ply(path: str | os.PathLike[str], points: np.ndarray, colors: np.ndarray | None = None) -> None:

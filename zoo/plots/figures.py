@@ -9,8 +9,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
+from ..files import whole_file
+
 # Dark text on white: the pictures stand side by side in reports.
 INK, MUTED, LINES = "#1f2933", "#616e7c", "#e4e7eb"
+# Dots per inch of every saved figure.
+DPI = 150
 SERIES = ("#2f6fb2", "#e08e2b", "#4c9f70", "#c2473d", "#7d5ba6", "#3aa6b9", "#a37c55", "#d670a7", "#8a9a2f", "#52606d")
 
 
@@ -70,22 +74,17 @@ def shorten(text: str, length: int = 28) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], dpi: int = 150) -> None:
-    """Write a PNG under a temporary name and rename it, so that no half-written picture is ever seen.
+def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a PNG, see `whole_file`.
 
     Args:
         figure: what to write.
         path: a `.png` file; its folder is made.
-        dpi: dots per inch.
 
     Example:
         >>> save_figure(new_figure(4, 3), "empty.png")
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        figure.savefig(temporary, format="png", dpi=dpi)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(target) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)

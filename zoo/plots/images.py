@@ -6,10 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import INK, MUTED, new_figure, shorten, text_width
+from .figures import DPI, INK, MUTED, new_figure, shorten, text_width
 
 _FONT = 9
-_DPI = 150  # of save_figure: pictures with fewer pixels than their place are enlarged
 _GAP = 0.08  # inches between neighbours
 _MARGIN = 0.12
 
@@ -40,7 +39,8 @@ def _draw(figure: Figure, image: np.ndarray, left: float, top: float, side: floa
     total_width, total_height = figure.get_size_inches()
     x, y = left + (side - wide) / 2, total_height - top - (side + high) / 2
     axes = figure.add_axes((x / total_width, y / total_height, wide / total_width, high / total_height))
-    axes.imshow(pixels, aspect="auto", interpolation="nearest" if max(height, width) <= side * _DPI else "antialiased")
+    # Pictures with fewer pixels than their place are enlarged, so that each pixel shows.
+    axes.imshow(pixels, aspect="auto", interpolation="nearest" if max(height, width) <= side * DPI else "antialiased")
     axes.set_axis_off()
     return axes
 

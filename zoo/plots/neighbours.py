@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
-from .figures import INK, LINES, MUTED, SERIES, new_figure, shorten, text_width
+from .figures import DPI, INK, LINES, MUTED, SERIES, new_figure, shorten, text_width
 from .images import _rgb
 from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
 
@@ -131,7 +131,7 @@ def _draw_sample(figure: Figure, sample: np.ndarray, left: float, top: float, si
         scale = side / max(pixels.shape[:2])
         high, wide = pixels.shape[0] * scale, pixels.shape[1] * scale
         axes = _place(figure, left + (side - wide) / 2, top + (side - high) / 2, wide, high)
-        axes.imshow(pixels, aspect="auto", interpolation="nearest" if max(pixels.shape[:2]) <= side * 150 else "antialiased")
+        axes.imshow(pixels, aspect="auto", interpolation="nearest" if max(pixels.shape[:2]) <= side * DPI else "antialiased")
     elif np.ndim(sample) == 2:
         points = cloud_of(sample)
         axes = _place(figure, left, top, side, side)

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import write_file
 from .embedding import class_palette
-from .exchange import write_file
 from .figures import SERIES
 from .svg import line_chart, map_chart, matrix_chart
 

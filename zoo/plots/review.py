@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .exchange import write_file
+from ..files import write_file
 from .figures import new_figure
 from .images import _rgb
 from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
