@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .features import kept_generators, to_device
+from .features import check_reference_loader, kept_generators, to_device
 from .guards import refuse
 
 
@@ -26,6 +26,18 @@ def batch_norms(pl_module: LightningModule, in_eval: set[str]) -> list[_BatchNor
         for name, module in pl_module.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and name not in in_eval
     ]
+
+
+def check_batch_norm_settings(reference_loader: Iterable[Any] | None, batches: int | None) -> None:
+    """Refuse settings of `estimate_batch_norm` that are out of range.
+
+    Raises:
+        ValueError: if the number of batches is not positive.
+        TypeError: if the loader can be iterated over only once.
+    """
+    if batches is not None and batches < 1:
+        raise ValueError(f"batch_norm_batches must be at least 1, or None for all, got {batches}")
+    check_reference_loader(reference_loader)
 
 
 def check_batch_norm(callback: Callback, trainer: Trainer, pl_module: LightningModule, reference_loader: Iterable[Any] | None) -> None:

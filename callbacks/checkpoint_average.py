@@ -1,6 +1,6 @@
 """The mean of the best checkpoints of a training, as one checkpoint more."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from .batch_norm import batch_norms, check_batch_norm, estimate_batch_norm, modules_in_eval
+from .batch_norm import batch_norms, check_batch_norm, check_batch_norm_settings, estimate_batch_norm, modules_in_eval
 from .guards import refuse_sharded
 from .swa import mean_checkpoint, write_checkpoint
 
@@ -49,10 +49,7 @@ class CheckpointAverage(Callback):
     """
 
     def __init__(self, reference_loader: Iterable[Any] | None = None, batch_norm_batches: int | None = None) -> None:
-        if batch_norm_batches is not None and batch_norm_batches < 1:
-            raise ValueError(f"batch_norm_batches must be at least 1, or None for all, got {batch_norm_batches}")
-        if isinstance(reference_loader, Iterator):
-            raise TypeError("reference_loader can be gone through once only: give a DataLoader or a list")
+        check_batch_norm_settings(reference_loader, batch_norm_batches)
         self.reference_loader = reference_loader
         self.batch_norm_batches = batch_norm_batches
         self.average_path: Path | None = None

@@ -165,7 +165,7 @@ class CollapseWatch(FeatureObserver):
         self._gram: Tensor | None = None
         self._samples = 0
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not self._watches_rank:
             return
         features = batch_features(trainer, pl_module, self.features, batch)

@@ -1,15 +1,16 @@
 """Draws the confusion matrix of validation and test."""
 
-from typing import Any
+from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from .evaluation import EvaluationObserver
 from .pictures import hand_over
 from .predictions import EpochConfusion, class_names_of, output_folder, write_csv
 
 
-class ConfusionMatrixPlot(Callback):
+class ConfusionMatrixPlot(EvaluationObserver):
     """Writes the confusion matrix of validation and test as a picture and as CSV.
 
     `confusion_matrix/val.png` and `val.csv` in the run's folder show the latest validation, after training the last one;
@@ -45,37 +46,19 @@ class ConfusionMatrixPlot(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._pending = None
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         self._confusion.reset()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._confusion.reset()
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        self._confusion.update(trainer, pl_module, outputs, batch)
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0:  # in the sanity check too, where it only shows that the module is a classifier
-            self._confusion.update(trainer, pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0:
-            self._confusion.update(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._collect(trainer, pl_module, "val")
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        self._collect(trainer, pl_module, stage)
         if trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs == 0:
-            self._draw(trainer, pl_module, "val")
+            self._draw(trainer, pl_module, stage)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._draw(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._collect(trainer, pl_module, "test")
-        self._draw(trainer, pl_module, "test")
 
     def _collect(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every process must call it."""

@@ -1,18 +1,19 @@
 """Draws which points of a cloud decide what a PointNet says."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.batch import input_and_label
 from ..zoo.layers.modes import evaluating
+from .evaluation import EvaluationObserver
 from .guards import refuse
 from .predictions import class_names_of, output_folder
 
 
-class CriticalPointsPlot(Callback):
+class CriticalPointsPlot(EvaluationObserver):
     """Writes a picture of evaluated clouds: all their points, the critical ones, and the shape that bounds what could be added.
 
     `critical_points_val.png` in the run's folder shows the first validation cloud of each class as the model sees it at the end
@@ -61,34 +62,11 @@ class CriticalPointsPlot(Callback):
         except TypeError as error:
             raise refuse(self, f"draws PointNets ({error})", "use it with litzoo's PointNetClassifier, or leave it out") from error
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         self._kept.clear()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._kept.clear()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._keep(trainer, batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._keep(trainer, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._draw(trainer, pl_module, "val")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module, "test")
-
-    def _keep(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        if trainer.sanity_checking or dataloader_idx != 0 or len(self._kept) == self.clouds or not trainer.is_global_zero:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if trainer.sanity_checking or len(self._kept) == self.clouds or not trainer.is_global_zero:
             return
         try:
             points, label = input_and_label(batch)
@@ -97,6 +75,13 @@ class CriticalPointsPlot(Callback):
         for place, cls in enumerate(label.tolist()):
             if cls not in self._kept and len(self._kept) < self.clouds:
                 self._kept[cls] = points[place].detach().cpu()
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        if trainer.state.fn != "fit":  # there the last validation is drawn
+            self._draw(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module, "val")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every process must call it."""

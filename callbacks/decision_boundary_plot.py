@@ -1,16 +1,18 @@
 """Draws the decision line of a classifier of two features."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.batch import input_and_label
+from ..zoo.layers.modes import evaluating
+from .evaluation import EvaluationObserver
 from .predictions import class_names_of, output_folder
 
 
-class DecisionBoundaryPlot(Callback):
+class DecisionBoundaryPlot(EvaluationObserver):
     """Writes a picture of the evaluated points and the line between the predicted classes, for inputs of two features.
 
     `decision_boundary_val.png` in the run's folder shows the last validation points with the line at the end of the
@@ -38,34 +40,11 @@ class DecisionBoundaryPlot(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._batches.clear()
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         self._batches.clear()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._batches.clear()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._keep(trainer, batch, dataloader_idx)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._keep(trainer, batch, dataloader_idx)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._draw(trainer, pl_module, "val")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module, "test")
-
-    def _keep(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> None:
-        if trainer.sanity_checking or dataloader_idx != 0:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if trainer.sanity_checking:
             return
         try:
             points, label = input_and_label(batch)
@@ -74,6 +53,13 @@ class DecisionBoundaryPlot(Callback):
         if points.dim() != 2 or points.shape[1] != 2:
             raise ValueError(f"DecisionBoundaryPlot draws inputs of two features, shape (batch, 2); these have {tuple(points.shape)}")
         self._batches.append((points.detach().cpu(), label.cpu()))
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        if trainer.state.fn != "fit":  # there the last validation is drawn
+            self._draw(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module, "val")
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every process must call it."""
@@ -86,15 +72,8 @@ class DecisionBoundaryPlot(Callback):
         points, label = (torch.cat(parts) for parts in zip(*self._batches, strict=True))
 
         def predict(grid: Tensor) -> Tensor:
-            modes = {module: module.training for module in pl_module.modules()}
-            pl_module.eval()
-            try:
-                with torch.no_grad(), trainer.precision_plugin.forward_context():
-                    logits = pl_module(grid.to(pl_module.device, points.dtype))
-            finally:
-                # Module by module, because a frozen part may be in evaluation mode while the rest trains.
-                for module, training in modes.items():
-                    module.training = training
+            with torch.no_grad(), evaluating(pl_module), trainer.precision_plugin.forward_context():
+                logits = pl_module(grid.to(pl_module.device, points.dtype))
             if not isinstance(logits, Tensor) or logits.dim() != 2 or logits.shape[1] < 2:
                 raise ValueError(f"{type(pl_module).__name__} is no classifier: its forward must give logits (batch, classes)")
             return logits.float().softmax(dim=1).cpu()

@@ -123,7 +123,7 @@ class EmbeddingMetrics(FeatureObserver):
         # Features, labels and places in their order of the evaluated samples.
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         _, label = samples_of(pl_module, batch)
         features = batch_features(trainer, pl_module, self.features, batch)
         samples = len(input_and_label(batch)[1])

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..zoo.batch import Batch
 from ..zoo.functional.subsets import stratified_subset
 from ..zoo.plots.projection import Method, check_method, judge_neighbours, project
-from .features import FeatureObserver, Features, batch_features, directions, evaluated_samples, gathered_rows, known_classes, samples_of
+from .features import FeatureObserver, Features, batch_features, directions, evaluated_samples, gathered_rows, samples_of
 from .guards import refuse
 from .pictures import hand_over, raw_images
-from .predictions import class_names_of, output_folder
+from .predictions import names_of_known_classes, output_folder
 
 _THUMBNAIL = 32  # pixels of the longer side
 
@@ -87,7 +87,7 @@ class EmbeddingPlot(FeatureObserver):
         self._images: list[np.ndarray] = []
         self._rows = 0
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         inputs, label = samples_of(pl_module, batch)
         if len(label) == 0:
             return
@@ -126,8 +126,7 @@ class EmbeddingPlot(FeatureObserver):
         label, index, _, row = numbers.T.numpy()
         chosen = stratified_subset(numbers[:, 0], self.max_points).numpy()
         images = self._chosen_images(trainer, row[chosen])
-        classes = len(self.class_names) if self.class_names is not None else known_classes(trainer, pl_module, None)
-        names = class_names_of(trainer, pl_module, self.class_names, max(int(label.max()) + 1, classes or 0))
+        names = names_of_known_classes(trainer, pl_module, self.class_names, int(label.max()) + 1)
         if not trainer.is_global_zero:
             return
         name = f"{stage}{self.suffix}"

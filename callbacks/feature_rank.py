@@ -60,7 +60,7 @@ class FeatureRank(FeatureObserver):
     def begin(self) -> None:
         self._gram = None
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         found = gram(batch_features(trainer, pl_module, self.features, batch))
         self._gram = found if self._gram is None else self._gram + found
 

@@ -18,6 +18,7 @@ from torch.utils.data import DistributedSampler
 
 from ..zoo.batch import Batch, input_and_label
 from ..zoo.layers.modes import evaluating
+from .evaluation import EvaluationObserver
 from .guards import refuse
 
 Features = Literal["encode", "forward"]
@@ -417,10 +418,8 @@ def known_classes(trainer: Trainer, pl_module: LightningModule, given: int | Non
     return None
 
 
-class FeatureObserver(Callback):
-    """Base of callbacks that look at validation and test samples; of several evaluation loaders, the first one counts.
-
-    A subclass says what to do in `begin`, `see` and `conclude`. The sanity check sees, so that mistakes show up, and concludes nothing.
+class FeatureObserver(EvaluationObserver):
+    """Base of callbacks that look at the features of validation and test samples.
 
     Args:
         features: the module's method that gives the features `(B, D)` of inputs: "encode" or "forward".
@@ -446,15 +445,6 @@ class FeatureObserver(Callback):
         """The end of the names under which scores are logged and pictures written."""
         return "" if self.features == "encode" else "_forward"
 
-    def begin(self) -> None:
-        """An evaluation starts."""
-
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """A batch was evaluated."""
-
-    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
-        """The evaluation is over; every process calls it."""
-
     def has_features(self, pl_module: LightningModule) -> bool:
         """Whether the module has the method that gives the features."""
         method = getattr(pl_module, self.features, None)
@@ -475,38 +465,13 @@ class FeatureObserver(Callback):
             raise refuse(self, "would use the same names as another one of its kind", "keep one of the two, or change what names it")
         self._first_epoch = None
 
-    def _is_due(self, trainer: Trainer) -> bool:
+    def is_due(self, trainer: Trainer) -> bool:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return True
         epoch = trainer.current_epoch
         if self._first_epoch is None:
             self._first_epoch = epoch
         return epoch == self._first_epoch or (epoch + 1) % self.every_n_epochs == 0 or epoch + 1 == trainer.max_epochs
-
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.begin()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0 and self._is_due(trainer):
-            self.see(trainer, pl_module, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0:
-            self.see(trainer, pl_module, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_due(trainer) and not trainer.sanity_checking:
-            self.conclude(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.conclude(trainer, pl_module, "test")
 
     def _forget(self, trainer: Trainer) -> None:
         self.begin()

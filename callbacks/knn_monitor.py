@@ -116,7 +116,7 @@ class KNNMonitor(FeatureObserver):
     def begin(self) -> None:
         self._queries = []
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         _, label = samples_of(pl_module, batch)
         self._queries.append((batch_features(trainer, pl_module, self.features, batch), label))
 

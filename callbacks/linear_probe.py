@@ -167,7 +167,7 @@ class LinearProbe(FeatureObserver):
         if samples and self._epoch == trainer.current_epoch:
             log_score(pl_module, f"train/probe_loss{self.suffix}", loss / samples, prog_bar=False)
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         weights = self._weights or [self._saved[name].to(pl_module.device) for name in ("weight", "bias") if self._saved]
         if weights:
             _, label = samples_of(pl_module, batch)

@@ -15,7 +15,6 @@ from .features import (
     batch_features,
     check_reference_loader,
     directions,
-    known_classes,
     loader_of,
     refuse_training_loader,
     refuse_without_training_samples,
@@ -23,8 +22,8 @@ from .features import (
     samples_of,
     training_features,
 )
-from .pictures import hand_over, raw_images
-from .predictions import class_names_of, output_folder
+from .pictures import EvenlySpread, hand_over, raw_images
+from .predictions import names_of_known_classes, output_folder
 
 
 class NeighbourGallery(FeatureObserver):
@@ -89,30 +88,27 @@ class NeighbourGallery(FeatureObserver):
         refuse_training_loader(self, trainer, self.reference_loader)
 
     def begin(self) -> None:
-        self._seen = 0
-        # Every so many-th sample is kept: its picture, features and label.
-        self._stride = 1
-        self._kept: list[tuple[np.ndarray, Tensor, int]] = []
+        # Picture, features and label of each query.
+        self._kept: EvenlySpread[tuple[np.ndarray, Tensor, int]] = EvenlySpread(self.queries)
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not trainer.is_global_zero:
             return
         inputs, label = samples_of(pl_module, batch)
-        for row, known in enumerate(label.tolist()):
-            if (self._seen + row) % self._stride == 0:
-                features = batch_features(trainer, pl_module, self.features, batch)[row].clone()
-                self._kept.append((self._picture(trainer, pl_module, inputs[row].cpu()), features, known))
-                if len(self._kept) == 2 * self.queries:  # how many there will be is unknown
-                    self._kept, self._stride = self._kept[::2], 2 * self._stride
-        self._seen += len(label)
+        labels = label.tolist()
+
+        def query(row: int) -> tuple[np.ndarray, Tensor, int]:
+            features = batch_features(trainer, pl_module, self.features, batch)[row].clone()
+            return self._picture(trainer, pl_module, inputs[row].cpu()), features, labels[row]
+
+        self._kept.offer(len(labels), query)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         folder = output_folder(trainer) / "neighbours"
         if getattr(trainer, "fast_dev_run", False):
             return
         bank = training_features(trainer, pl_module, self.features, self.reference_loader)
-        places = np.linspace(0, len(self._kept) - 1, min(self.queries, len(self._kept))).round().astype(int)
-        queries = [self._kept[place] for place in places]
+        queries = self._kept.chosen()
         # Only the first process has queries, but every one has to look for the neighbours.
         nearest, similarity = torch.zeros(0, 0, dtype=torch.long), torch.zeros(0, 0)
         if queries:
@@ -130,8 +126,7 @@ class NeighbourGallery(FeatureObserver):
 
         own = torch.tensor([label for _, _, label in queries]).clamp(min=-1)
         least = 1 + max(int(bank.label.max()), int(own.max()))
-        classes = len(self.class_names) if self.class_names is not None else known_classes(trainer, pl_module, None)
-        names = class_names_of(trainer, pl_module, self.class_names, max(least, classes or 0))
+        names = names_of_known_classes(trainer, pl_module, self.class_names, least)
         # The name at -1 is that of samples without a label.
         names.append("no label")
         known = (own[:, None] >= 0) & (labels >= 0)

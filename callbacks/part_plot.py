@@ -1,17 +1,18 @@
 """Draws the parts that a segmenter finds in objects, and how well each part is found."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.batch import Batch
-from .predictions import class_names_of, output_folder, write_csv
+from .evaluation import EvaluationObserver
+from .predictions import names_of_known_classes, output_folder, write_csv
 
 
-class PartPlot(Callback):
+class PartPlot(EvaluationObserver):
     """Writes a picture of objects with their true and predicted parts, and a table of the intersection over union of each part.
 
     `parts_val.png` in the run's folder shows the first validation object of each class as the model sees it at the end of the training,
@@ -48,41 +49,13 @@ class PartPlot(Callback):
         # Intersection, true and predicted points of each part.
         self._counts = torch.zeros(3, 0, dtype=torch.long)
 
-    def _reset(self) -> None:
+    def begin(self) -> None:
         self._kept.clear()
         self._counts = torch.zeros(3, 0, dtype=torch.long)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset()
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reset()
-
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if not trainer.sanity_checking and dataloader_idx == 0:
-            self._update(pl_module, outputs, batch)
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0:
-            self._update(pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val")
-            self._draw(trainer, pl_module, "val")
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._draw(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module, "test")
-        self._draw(trainer, pl_module, "test")
-
-    def _update(self, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if trainer.sanity_checking:
+            return
         names = ("part", "part_prediction", "label")
         if not isinstance(outputs, Mapping) or not all(isinstance(outputs.get(name), Tensor) for name in names):
             raise ValueError(
@@ -98,6 +71,14 @@ class PartPlot(Callback):
         for place, cls in enumerate(label.tolist()):
             if cls not in self._kept and len(self._kept) < self.objects:
                 self._kept[cls] = (points[place].float().cpu(), part[place].cpu(), found[place].cpu())
+
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
+        if trainer.state.fn != "fit":  # there the last validation is drawn
+            self._report(trainer, pl_module, stage)
+            self._draw(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._draw(trainer, pl_module, "val")
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Every process must call it."""
@@ -133,7 +114,7 @@ class PartPlot(Callback):
 
         kept = sorted(self._kept.items())
         parts = max(int(torch.maximum(part, found).max()) + 1 for _, (_, part, found) in kept)
-        class_names = class_names_of(trainer, pl_module, self.class_names, _num_classes(trainer, pl_module, kept[-1][0] + 1))
+        class_names = names_of_known_classes(trainer, pl_module, self.class_names, kept[-1][0] + 1)
         titles = []
         for cls, (_, part, found) in kept:
             known = part >= 0
@@ -155,11 +136,3 @@ def _part_names(trainer: Trainer, pl_module: LightningModule, given: Sequence[st
         if owner is not None and len(owner) >= least:
             return [str(name) for name in owner]
     return [str(part) for part in range(least)]
-
-
-def _num_classes(trainer: Trainer, pl_module: LightningModule, least: int) -> int:
-    for owner in (pl_module, getattr(trainer, "datamodule", None)):
-        number = getattr(owner, "num_classes", None)
-        if isinstance(number, int) and number >= least:
-            return number
-    return least

@@ -1,18 +1,19 @@
 """Precision, recall and F1 of each class after a test."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.functional.confusion import per_class_scores
 from ..zoo.functional.long_tail import shot_groups
+from .evaluation import EvaluationObserver
 from .predictions import EpochConfusion, class_names_of, output_folder, write_csv
 
 
-class PerClassTable(Callback):
+class PerClassTable(EvaluationObserver):
     """Prints precision, recall, F1 and sample count of each class after a test or a `validate`, and writes them as CSV.
 
     Below the classes stand the mean over the classes that have samples and the overall accuracy; where the training data are imbalanced,
@@ -44,33 +45,16 @@ class PerClassTable(Callback):
         self.few = few
         self._confusion = EpochConfusion(class_names)
 
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def begin(self) -> None:
         self._confusion.reset()
 
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._confusion.reset()
+    def is_due(self, trainer: Trainer) -> bool:
+        return trainer.state.fn == "validate"
 
-    def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if trainer.state.fn == "validate" and dataloader_idx == 0:
-            self._confusion.update(trainer, pl_module, outputs, batch)
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        self._confusion.update(trainer, pl_module, outputs, batch)
 
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        if dataloader_idx == 0:
-            self._confusion.update(trainer, pl_module, outputs, batch)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == "validate":
-            self._report(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(trainer, pl_module, "test")
-
-    def _report(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Every process must call it."""
+    def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         matrix = self._confusion.total(trainer, pl_module)
         folder = output_folder(trainer)
         if matrix is None:

@@ -1,13 +1,47 @@
-"""What the callbacks that draw share: images as they were before normalisation, and loggers that take pictures."""
+"""What the callbacks that draw share: which samples, images as they were before normalisation, and loggers that take pictures."""
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+
+Item = TypeVar("Item")
+
+
+class EvenlySpread(Generic[Item]):
+    """Keeps a number of items spread evenly over a stream of unknown length, always the same ones.
+
+    Every n-th item is kept, n = 1 at first; whenever there are twice as many as wanted, every second one is dropped and n doubles.
+
+    Args:
+        number: how many items are wanted.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._seen = 0
+        self._stride = 1
+        self._kept: list[Item] = []
+
+    def offer(self, count: int, make: Callable[[int], Item]) -> None:
+        """Take the next items of the stream: `make(row)` gives one of `count`, and is called only for those that are kept."""
+        for row in range(count):
+            if (self._seen + row) % self._stride == 0:
+                self._kept.append(make(row))
+                if len(self._kept) == 2 * self._number:
+                    self._kept, self._stride = self._kept[::2], 2 * self._stride
+        self._seen += count
+
+    def chosen(self) -> list[Item]:
+        """At most `number` items, in their order."""
+        places = np.linspace(0, len(self._kept) - 1, min(self._number, len(self._kept))).round().astype(int)
+        return [self._kept[place] for place in places]
 
 
 def raw_images(trainer: Trainer, pl_module: LightningModule, images: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..zoo.batch import input_and_label
 from ..zoo.files import whole_file
 from ..zoo.functional.confusion import confusion_matrix
+from .features import known_classes
 
 
 def predictions_and_label(trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> tuple[Tensor, Tensor, int]:
@@ -67,6 +68,12 @@ def class_names_of(trainer: Trainer, pl_module: LightningModule, given: Sequence
         if names is not None and len(names) == num_classes:
             return [str(name) for name in names]
     return [str(cls) for cls in range(num_classes)]
+
+
+def names_of_known_classes(trainer: Trainer, pl_module: LightningModule, given: Sequence[str] | None, least: int) -> list[str]:
+    """Names of all classes, where the labels show only that there are at least so many, see `class_names_of`."""
+    known = len(given) if given is not None else known_classes(trainer, pl_module, None)
+    return class_names_of(trainer, pl_module, given, max(least, known or 0))
 
 
 def output_folder(trainer: Trainer) -> Path:

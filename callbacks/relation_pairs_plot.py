@@ -8,10 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from ..zoo.layers.modes import evaluating
-from .features import FeatureObserver, batch_features, known_classes, samples_of
+from .features import FeatureObserver, batch_features, samples_of
 from .guards import refuse
-from .pictures import hand_over, raw_images
-from .predictions import class_names_of, output_folder
+from .pictures import EvenlySpread, hand_over, raw_images
+from .predictions import names_of_known_classes, output_folder
 
 
 class RelationPairsPlot(FeatureObserver):
@@ -63,31 +63,28 @@ class RelationPairsPlot(FeatureObserver):
             )
 
     def begin(self) -> None:
-        self._seen = 0
-        # Every so many-th image is kept: it, its features and label.
-        self._stride = 1
-        self._kept: list[tuple[Tensor, Tensor, int]] = []
+        # Images, their features and labels.
+        self._kept: EvenlySpread[tuple[Tensor, Tensor, int]] = EvenlySpread(self.samples)
 
-    def see(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def see(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if not trainer.is_global_zero:
             return
         inputs, label = samples_of(pl_module, batch)
         if inputs.dim() != 4:
             raise ValueError(f"RelationPairsPlot draws images (B, C, H, W), but the inputs have shape {tuple(inputs.shape)}")
-        for row, known in enumerate(label.tolist()):
-            if (self._seen + row) % self._stride == 0:
-                features = batch_features(trainer, pl_module, self.features, batch)[row].clone()
-                self._kept.append((inputs[row].cpu(), features, known))
-                if len(self._kept) == 2 * self.samples:  # how many there will be is unknown
-                    self._kept, self._stride = self._kept[::2], 2 * self._stride
-        self._seen += len(label)
+        labels = label.tolist()
+
+        def sample(row: int) -> tuple[Tensor, Tensor, int]:
+            features = batch_features(trainer, pl_module, self.features, batch)[row].clone()
+            return inputs[row].cpu(), features, labels[row]
+
+        self._kept.offer(len(labels), sample)
 
     def conclude(self, trainer: Trainer, pl_module: LightningModule, stage: Literal["val", "test"]) -> None:
         folder = output_folder(trainer) / "relation_pairs"
         if getattr(trainer, "fast_dev_run", False) or not trainer.is_global_zero:
             return
-        places = torch.linspace(0, len(self._kept) - 1, min(self.samples, len(self._kept))).round().long().tolist()
-        kept = [self._kept[place] for place in places]
+        kept = self._kept.chosen()
         if len(kept) < 2:
             return
         from ..zoo.plots.figures import save_figure
@@ -98,9 +95,7 @@ class RelationPairsPlot(FeatureObserver):
         label = torch.tensor([label for _, _, label in kept]).clamp(min=-1)
         known = (label[first] >= 0) & (label[second] >= 0)
         same = label[first] == label[second]
-        names = class_names_of(
-            trainer, pl_module, self.class_names, max(int(label.max()) + 1, known_classes(trainer, pl_module, None) or 0)
-        )
+        names = names_of_known_classes(trainer, pl_module, self.class_names, int(label.max()) + 1)
         # The name at -1 is that of images without a label.
         names.append("no label")
         order = score.argsort(descending=True, stable=True)

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..zoo.files import whole_file
 from .averaged_weights import AveragedWeights
-from .batch_norm import batch_norms, check_batch_norm, estimate_batch_norm, modules_in_eval
+from .batch_norm import batch_norms, check_batch_norm, check_batch_norm_settings, estimate_batch_norm, modules_in_eval
 from .guards import refuse
 
 
@@ -63,10 +63,7 @@ class SWA(AveragedWeights):
             raise ValueError(f"start must be a share of the training in [0, 1), or the number of an epoch, got {start}")
         if every_n_epochs < 1:
             raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}")
-        if batch_norm_batches is not None and batch_norm_batches < 1:
-            raise ValueError(f"batch_norm_batches must be at least 1, or None for all, got {batch_norm_batches}")
-        if isinstance(reference_loader, Iterator):
-            raise TypeError("reference_loader can be gone through once only: give a DataLoader or a list")
+        check_batch_norm_settings(reference_loader, batch_norm_batches)
         super().__init__()
         self.start = start
         self.every_n_epochs = every_n_epochs

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from litzoo.callbacks import PartPlot
 from litzoo.zoo import PointNetSegmenter
 from litzoo.zoo.plots import parts
+from litzoo.zoo.plots.figures import new_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = ["leg", "seat", "blade", "handle", "never there"]
@@ -109,6 +110,15 @@ def test_an_object_without_any_known_part_has_no_share_of_right_ones(tmp_path: P
     make_trainer(tmp_path).test(Heights(), DataLoader(TensorDataset(points, label, unknown), 4), verbose=False)
     assert titles[0] == "0"
     assert titles[1].endswith("% right")
+
+
+def test_names_of_more_classes_than_there_are_objects_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(parts, "plot_part_labels", lambda *arguments: titles.extend(arguments[3]) or new_figure(1, 1))
+    trainer = make_trainer(tmp_path)
+    trainer.callbacks = [PartPlot(class_names=["chair", "knife", "lamp"])]  # type: ignore[attr-defined]
+    trainer.test(Heights(), DataLoader(dataset(), 4), verbose=False)
+    assert [title.splitlines()[0] for title in titles] == ["chair", "knife"]
 
 
 def test_fast_dev_run_writes_nothing(tmp_path: Path) -> None:

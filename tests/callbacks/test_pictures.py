@@ -1,5 +1,6 @@
 """What the callbacks that draw share; normalisation is undone in `test_neighbour_gallery.py`."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,28 @@ from matrix import Loader, Net, batches, make_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from litzoo.callbacks import NeighbourGallery
-from litzoo.callbacks.pictures import raw_images
+from litzoo.callbacks.pictures import EvenlySpread, raw_images
+
+
+@pytest.mark.parametrize("batch", [1, 3, 64])
+@pytest.mark.parametrize("length", [0, 1, 3, 4, 7, 8, 9, 100, 1000])
+def test_items_are_spread_evenly_over_a_stream(length: int, batch: int) -> None:
+    spread: EvenlySpread[int] = EvenlySpread(4)
+    made: list[int] = []
+    for part in torch.arange(length).split(batch):
+
+        def make(row: int, part: torch.Tensor = part) -> int:
+            made.append(int(part[row]))
+            return made[-1]
+
+        spread.offer(len(part), make)
+    chosen = spread.chosen()
+    assert len(chosen) == min(4, length)
+    assert len(made) <= 4 * (1 + max(length, 1).bit_length()), "few are made"
+    if length >= 4:
+        steps = [after - before for before, after in pairwise(chosen)]
+        assert max(steps) <= 2 * min(steps)
+        assert length - chosen[-1] <= 2 * max(steps)
 
 
 @pytest.mark.parametrize(("channels", "drawn"), [(1, 1), (3, 3), (5, 1)])

@@ -89,6 +89,12 @@ def test_the_extremes_among_all_pairs(tmp_path: Path, drawn: Drawn) -> None:
     assert title == f"test: 28 pairs of 8 images, AUC of the same class {auc:.3f}"
 
 
+def test_names_of_more_classes_than_the_images_show(tmp_path: Path, drawn: Drawn) -> None:
+    names = [f"class {cls}" for cls in range(9)]
+    make_trainer(tmp_path, RelationPairsPlot(samples=4, class_names=names)).test(Relating(), Loader(images(8, 2)), verbose=False)
+    assert {name for pairs in drawn[-1][0].values() for pair in pairs for name in pair.names} <= set(names)
+
+
 def test_images_without_label_and_a_training_that_diverged(tmp_path: Path, drawn: Drawn) -> None:
     model = Relating()
     model.encode = lambda x: x.flatten(1).repeat(1, 4) * np.nan  # type: ignore[method-assign]  # diverged
