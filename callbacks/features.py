@@ -2,7 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DistributedSampler
 
-from ..zoo.batch import Batch, input_and_label
+from ..zoo.batch import Batch, input_and_label, labelled_samples
 from ..zoo.layers.modes import evaluating
 from .evaluation import EvaluationObserver
 from .guards import refuse
@@ -403,10 +403,7 @@ def refuse_training_loader(callback: Callback, trainer: Trainer, reference_loade
 
 def labelled_training_samples(trainer: Trainer) -> int | None:
     """How many training samples have a label, if the data say so by their `class_counts`."""
-    counts = getattr(getattr(trainer, "datamodule", None), "class_counts", None)
-    if counts is None:
-        return None
-    return int(sum(counts.values() if isinstance(counts, Mapping) else counts))
+    return labelled_samples(getattr(trainer, "datamodule", None))
 
 
 def known_classes(trainer: Trainer, pl_module: LightningModule, given: int | None) -> int | None:

@@ -1,10 +1,11 @@
 """Makes training randomness a function of the step, so that a resumed run repeats the uninterrupted one."""
 
-import os
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+
+from ..zoo.functional.random import global_seed
 
 
 class StepSeed(Callback):
@@ -26,7 +27,7 @@ class StepSeed(Callback):
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", "0")) if self.seed is None else self.seed
+        seed = global_seed() if self.seed is None else self.seed
         step_seed = hash((seed, trainer.current_epoch, batch_idx, trainer.global_rank)) & 0x7FFFFFFFFFFFFFFF
         # torch.manual_seed also records a stack trace for each kind of accelerator that is not in use: 50 ms a step.
         torch.default_generator.manual_seed(step_seed)

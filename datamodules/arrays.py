@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from ..zoo.batch import Batch
-from ..zoo.functional.random import fold_in, random_order
+from ..zoo.functional.random import fold_in, global_seed, random_order
 from .errors import DataError
 from .packing import map_array, map_images
 from .splits import SPLIT_NAMES, TEST, TRAIN, UNUSED, VAL
@@ -330,7 +329,7 @@ class ArrayDataModule(LightningDataModule):
     @property
     def seed(self) -> int:
         """Seed of order and augmentation."""
-        return int(os.environ.get("PL_GLOBAL_SEED", "0")) if self._seed is None else self._seed
+        return global_seed() if self._seed is None else self._seed
 
     @property
     def num_classes(self) -> int:

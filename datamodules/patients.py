@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from .arrays import TEST, TRAIN, VAL, ArrayDataModule, Arrays
+from .arrays import ArrayDataModule, Arrays
+from .splits import TEST, TRAIN, VAL
 
 _MINIBATCHES, _MINIBATCH = 800, 25
 

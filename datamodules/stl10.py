@@ -16,7 +16,7 @@ from .errors import DataError
 from .hdf5_images import read_images
 from .hdf5_reading import open_hdf5, resolve_path
 from .images import ImageDataModule
-from .packing import block_dataset
+from .packing import ArrayBlock, block_dataset
 from .splits import TEST, TRAIN, UNUSED, hold_out, thin_out
 
 _SIZE = 96
@@ -25,7 +25,7 @@ _BYTES = 3 * _SIZE * _SIZE
 _BLOCK = 1024
 
 
-def _copy_images(reader: MemberReader, image: Any, start: int, stop: int, progress: str | None = None) -> None:
+def _copy_images(reader: MemberReader, image: ArrayBlock, start: int, stop: int, progress: str | None = None) -> None:
     """Write the images of a binary file, which stores each channel column by column, to rows of the packed file."""
     from tqdm import tqdm
 
@@ -33,8 +33,7 @@ def _copy_images(reader: MemberReader, image: Any, start: int, stop: int, progre
         for first in range(start, stop, _BLOCK):
             count = min(_BLOCK, stop - first)
             planes = np.frombuffer(reader.read(count * _BYTES), np.uint8).reshape(count, 3, _SIZE, _SIZE)
-            # Made contiguous in memory, h5py writes a block in one go.
-            image[first : first + count] = np.ascontiguousarray(planes.transpose(0, 3, 2, 1))
+            image[first : first + count] = planes.transpose(0, 3, 2, 1)
             bar.update(count)
 
 

@@ -1,5 +1,6 @@
-"""The one thing that every DataModule of litzoo yields."""
+"""The one thing that every DataModule of litzoo yields, and what any DataModule tells about its labels."""
 
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -50,3 +51,39 @@ def input_and_label(batch: Any) -> tuple[Tensor, Tensor]:
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return batch[0], batch[1]
     raise TypeError(f"a batch must be a litzoo Batch or a pair (input, label), got {type(batch).__name__}")
+
+
+def labelled_samples(data: Any) -> int | None:
+    """How many training samples of a DataModule have a label.
+
+    Args:
+        data: any DataModule, or None.
+
+    Returns:
+        The sum of its `class_counts`, a list, a tensor or a mapping from class to number; None if it has none.
+
+    Example:
+        >>> labelled_samples(SimpleNamespace(class_counts={"cat": 3, "dog": 5}))
+        8
+    """
+    counts = getattr(data, "class_counts", None)
+    if not isinstance(counts, Iterable):
+        return None
+    return int(sum(counts.values() if isinstance(counts, Mapping) else counts))
+
+
+def count_unlabelled(data: Any) -> tuple[int, int]:
+    """How many training samples of a DataModule have no label, out of how many.
+
+    Args:
+        data: any DataModule, or None.
+
+    Returns:
+        Both numbers; (0, 0) if it does not have `num_train` and `class_counts`.
+
+    Example:
+        >>> count_unlabelled(SimpleNamespace(num_train=10, class_counts=[3, 5]))
+        (2, 10)
+    """
+    samples, labelled = getattr(data, "num_train", None), labelled_samples(data)
+    return (0, 0) if not isinstance(samples, int) or labelled is None else (max(samples - labelled, 0), samples)

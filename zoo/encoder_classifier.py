@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
-from .batch import input_and_label
+from .batch import count_unlabelled, input_and_label
 from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
 from .layers.classification_metrics import classification_metrics
 from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead, RescaledHead
@@ -471,10 +471,10 @@ def _check_same_classes(known: list[str] | None, names: list[str] | None, encode
 
 
 def _check_labels(data: Any) -> None:
-    counts, known = (getattr(data, name, None) for name in ("num_train", "class_counts"))
-    if counts is not None and known is not None and sum(known) < counts:
+    unlabelled, samples = count_unlabelled(data)
+    if unlabelled:
         raise ValueError(
-            f"{counts - sum(known)} of {counts} training samples have no label: a linear classifier cannot train on them, head knn and "
+            f"{unlabelled} of {samples} training samples have no label: a linear classifier cannot train on them, head knn and "
             "class_means leave them out, and the callback PseudoLabels labels them"
         )
 

@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
-from .batch import Batch, input_and_label
+from .batch import Batch, count_unlabelled, input_and_label
 from .functional.classification import ClassWeights, make_class_weights
 from .functional.mixing import mix_images
 from .image_input import ImageInput
@@ -150,10 +150,10 @@ class ImageClassifier(LightningModule):
         return torch.cat(logits).float().softmax(dim=1)
 
     def on_fit_start(self) -> None:
-        counts, known = (getattr(self.trainer.datamodule, name, None) for name in ("num_train", "class_counts"))  # type: ignore[attr-defined]
-        if counts is not None and known is not None and sum(known) < counts:
+        unlabelled, images = count_unlabelled(getattr(self.trainer, "datamodule", None))
+        if unlabelled:
             raise ValueError(
-                f"{counts - sum(known)} of {counts} training images have no label: a classifier cannot train on them; leave them out, or let "
+                f"{unlabelled} of {images} training images have no label: a classifier cannot train on them; leave them out, or let "
                 "the callback PseudoLabels label them"
             )
 

@@ -1,7 +1,6 @@
 """Instance discrimination (Wu et al., CVPR 2018): an encoder learns without labels to tell every image from every other."""
 
 import math
-import os
 from collections.abc import Sequence
 from itertools import islice
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 from .functional.nearest_neighbours import Scores, knn_predict
-from .functional.random import fold_in, integers
+from .functional.random import fold_in, global_seed, integers
 from .image_input import ImageInput
 from .layers.memory_bank import MemoryBank
 from .layers.modes import evaluating
@@ -208,7 +207,7 @@ class InstanceDiscrimination(LightningModule):
         if len(self.bank) == 0:
             self.log_partition.fill_(math.nan)  # trained weights come with the Z of another bank
         if stranger or len(self.bank) == 0:
-            self.bank.start(samples, fingerprint, _seed())
+            self.bank.start(samples, fingerprint, global_seed())
             if hasattr(data, "eval_train_dataloader") and (stranger or self.bank_start == "features"):
                 self._fill(data)
 
@@ -262,7 +261,7 @@ class InstanceDiscrimination(LightningModule):
         """Rows of the noise: `(m,)` if shared, else `(B, m)`."""
         size = len(self.bank)
         if self.noise == "shared":
-            step = int(fold_in(_seed(), _SHARED_NOISE, self.trainer.current_epoch, batch_idx))
+            step = int(fold_in(global_seed(), _SHARED_NOISE, self.trainer.current_epoch, batch_idx))
             return integers(torch.full((), step, device=row.device), self.negatives, high=size)  # a copy would wait for the device
         high = size if self.positives_in_noise else size - 1
         if key is None:  # from somebody's own loader
@@ -344,11 +343,6 @@ class InstanceDiscrimination(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
-
-
-def _seed() -> int:
-    """That of `seed_everything`, the same in every process."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def _unpack(batch: Any) -> tuple[Tensor, Tensor, Tensor | None]:

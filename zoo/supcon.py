@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .batch import Batch, input_and_label
+from .batch import Batch, count_unlabelled, input_and_label
 from .functional.mixing import mix_images
 from .functional.supcon import Anchors, supcon_loss
 from .image_input import ImageInput
@@ -173,13 +173,11 @@ class SupConEncoder(LightningModule):
     def on_fit_start(self) -> None:
         if self.queue is not None:
             self.queue.discard()
-        counts, known = (getattr(getattr(self.trainer, "datamodule", None), name, None) for name in ("num_train", "class_counts"))
-        if not self.supervised or counts is None or known is None:
-            return
-        if sum(known) == 0:
+        unlabelled, images = count_unlabelled(getattr(self.trainer, "datamodule", None))
+        if self.supervised and unlabelled and unlabelled == images:
             raise ValueError("none of the training images has a label: set supervised to false, for SimCLR")
-        if (self.mixup or self.cutmix) and sum(known) < counts:
-            raise ValueError(f"{counts - sum(known)} of {counts} training images have no label, which MixUp and CutMix cannot mix")
+        if (self.mixup or self.cutmix) and unlabelled:
+            raise ValueError(f"{unlabelled} of {images} training images have no label, which MixUp and CutMix cannot mix")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.queue is not None:

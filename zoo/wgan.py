@@ -1,6 +1,5 @@
 """WGAN-GP (Gulrajani et al., NeurIPS 2017): a generator learns images from a critic that estimates the Wasserstein distance."""
 
-import os
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any, Literal
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .functional.adversarial import critic_loss, generator_loss, interpolated_gradient_norms, norm_penalty
-from .functional.random import fold_in, normal
+from .functional.random import fold_in, global_seed, normal
 from .image_input import ImageInput
 from .layers.modes import evaluating
 
@@ -235,9 +234,9 @@ class WGAN(LightningModule):
         """Images `(B, C, S, S)`, and a key for each: that of the sample, or one made from the seed, its place and the epoch, if any."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         if isinstance(batch, Batch):
-            key = fold_in(_seed(), epoch, batch.index) if batch.key is None else batch.key
+            key = fold_in(global_seed(), epoch, batch.index) if batch.key is None else batch.key
         else:
-            key = fold_in(_seed(), epoch, batch_idx, self.global_rank, torch.arange(len(images), device=images.device))
+            key = fold_in(global_seed(), epoch, batch_idx, self.global_rank, torch.arange(len(images), device=images.device))
         if images.dim() == 5:
             key = fold_in(key.unsqueeze(1), torch.arange(images.shape[1], device=images.device)).flatten()
             images = images.flatten(0, 1)
@@ -278,8 +277,3 @@ def _halvings(image_size: int) -> tuple[int, int]:
     if not (4 <= start <= 7 and halvings):
         raise ValueError(f"image_size must be 4 to 7 times a power of two from 2 on, such as 8, 28, 32, 64 or 96; got {image_size}")
     return start, halvings
-
-
-def _seed() -> int:
-    """That of `seed_everything`, the same in every process."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))

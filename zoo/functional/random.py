@@ -6,6 +6,7 @@ The mixing function is SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudor
 """
 
 import math
+import os
 
 import numpy as np
 import torch
@@ -50,6 +51,17 @@ def _mix_unsigned(x: np.ndarray) -> None:
         np.bitwise_xor(x, np.right_shift(x, np.uint64(bits), out=shifted), out=x)
         np.multiply(x, np.uint64(factor % (1 << 64)), out=x)
     np.bitwise_xor(x, np.right_shift(x, np.uint64(31), out=shifted), out=x)
+
+
+def global_seed() -> int:
+    """The seed of `lightning.pytorch.seed_everything`, the same in every process; 0 without one.
+
+    Example:
+        >>> seed_everything(7)
+        >>> global_seed()
+        7
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def fold_in(key: Tensor | int, *numbers: Tensor | int) -> Tensor:
