@@ -6,11 +6,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MPLBACKEND"] = "agg"
 
+import importlib.util
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -82,3 +84,21 @@ def run_two_processes(script: Path, *arguments: str | Path) -> None:
 def two_processes() -> Callable[..., None]:
     """`two_processes(script, *arguments)`: see `run_two_processes`."""
     return run_two_processes
+
+
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """`load_script("benchmark")`: the module scripts/benchmark.py, which finds its neighbours as a script does that Python runs."""
+
+    def load(name: str) -> ModuleType:
+        path = Path(__file__).resolve().parent.parent / "scripts" / f"{name}.py"
+        spec = importlib.util.spec_from_file_location(f"{name}_script", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(path.parent)
+            spec.loader.exec_module(module)
+        return module
+
+    return load

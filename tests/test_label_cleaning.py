@@ -1,7 +1,7 @@
 """scripts/label_cleaning.py flips what it says, scores as scikit-learn does, and trains nothing twice."""
 
-import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -13,17 +13,10 @@ from sklearn.metrics import precision_recall_fscore_support
 from litzoo.datamodules import DigitsDataModule
 from litzoo.datamodules.hdf5_writing import write_hdf5
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "label_cleaning.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("label_cleaning", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("label_cleaning")
 
 
 @pytest.mark.parametrize("kind", ["symmetric", "pair"])

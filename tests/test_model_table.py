@@ -1,7 +1,7 @@
 """The README's table of trained models is the one that scripts/model_table.py makes."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,19 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("model_table", ROOT / "scripts" / "model_table.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load_script: Callable[[str], ModuleType]) -> ModuleType:
     """The script, on an index of one model and a README of its own."""
-    module = _script()
+    module = load_script("model_table")
     (tmp_path / "one.safetensors").write_bytes(bytes(2_345_678))
     card: dict[str, Any] = {
         "summary": "PointNet on furniture",
@@ -50,8 +41,8 @@ def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def test_readme_holds_the_generated_table() -> None:
-    script = _script()
+def test_readme_holds_the_generated_table(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("model_table")
     readme = ROOT / "README.md"
     assert readme.is_file(), f"README.md is missing; it needs the lines {script.BEGIN} and {script.END}"
     _, found, _ = script.split_readme(readme.read_text(encoding="utf-8"))

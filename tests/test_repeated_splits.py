@@ -1,23 +1,16 @@
 """scripts/repeated_splits.py takes what was scored before, whatever the choice goes by now."""
 
-import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "repeated_splits.py"
-
 
 @pytest.fixture(scope="module")
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("repeated_splits", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(load_script: Callable[[str], ModuleType]) -> ModuleType:
+    return load_script("repeated_splits")
 
 
 def test_a_scored_split_is_chosen_by_another_metric(script: ModuleType, tmp_path: Path) -> None:
