@@ -14,7 +14,6 @@ What is done is kept in the folder of `--runs`, and the same command goes on whe
 import argparse
 import json
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 from litzoo.datamodules import DigitsDataModule, HDF5ImagesDataModule
 from litzoo.datamodules.splits import TRAIN, UNUSED
 from litzoo.zoo import ImageClassifier, select_samples
+from litzoo.zoo.files import write_file
 from litzoo.zoo.functional.random import fold_in, random_order
 
 # Numbers that keep the streams of one seed apart.
@@ -91,10 +91,7 @@ class Experiment:
         return json.loads(path.read_text()) if path.is_file() else None
 
     def keep(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        path = self.options.runs / f"{name}.json"
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(result))
-        temporary.replace(path)
+        write_file(self.options.runs / f"{name}.json", json.dumps(result).encode())
         return result
 
     def scored(self, name: str, labelled: Tensor, seed: int) -> float:
@@ -237,7 +234,6 @@ def main() -> None:
     experiment = Experiment(options)
     if options.start + options.step * options.rounds > len(experiment.pool):
         parser.error(f"{options.start} + {options.rounds} x {options.step} labels are more than the {len(experiment.pool)} that there are")
-    options.runs.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(options).items() if name not in ("runs", "seeds")}
     before = experiment.kept("settings") or experiment.keep("settings", settings)
     if before != settings:

@@ -25,6 +25,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from litzoo import __version__
 from litzoo.zoo import pretrained
 from litzoo.zoo.cli import CommandError, recipe_path
+from litzoo.zoo.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -129,9 +130,7 @@ def add_to_index(name: str, file: Path, card: dict[str, Any]) -> None:
     path = pretrained.WEIGHTS / "index.json"
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     index[name] = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "card": card}
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
 
 
 def make(recipe: Path, run: Run, name: str, texts: dict[str, str | None]) -> dict[str, Any]:

@@ -74,5 +74,5 @@ def test_curves(tmp_path: Path) -> None:
     save_figure(figure, tmp_path / "curves.png")
     with pytest.raises(ValueError, match="no curves"):
         plot_curves({})
-    with pytest.raises(ValueError, match="2 positions and 1 values"):
+    with pytest.raises(ValueError, match="2 epochs and 1 values"):
         plot_curves({"a": ([0, 1], [2.0])})

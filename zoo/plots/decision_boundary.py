@@ -20,7 +20,6 @@ def plot_decision_boundary(
     predict: Callable[[Tensor], Tensor],
     class_names: Sequence[str],
     axis_names: Sequence[str] = ("x1", "x2"),
-    title: str = "",
 ) -> Figure:
     """Draw points by class over the regions of the predicted classes, with the line between them.
 
@@ -32,7 +31,6 @@ def plot_decision_boundary(
         predict: points `(G, 2)` float32 -> class probabilities `(G, C)`.
         class_names: C names.
         axis_names: what the two features are.
-        title: above the picture.
 
     Returns:
         The figure; at most 3,000 points are drawn, evenly chosen.
@@ -79,7 +77,6 @@ def plot_decision_boundary(
     axes.set_ylim(ys[0], ys[-1])
     axes.set_xlabel(axis_names[0], color=MUTED)
     axes.set_ylabel(axis_names[1], color=MUTED)
-    axes.set_title(title, color=INK, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0, labelsize=8, colors=MUTED)
     figure.legend(frameon=False, fontsize=9, labelcolor=INK, loc="outside lower center", ncols=4)

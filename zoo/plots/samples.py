@@ -81,19 +81,17 @@ def _mosaic(images: Sequence[np.ndarray] | np.ndarray, columns: int, rows: int) 
     return sheet
 
 
-def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], axis: str = "epoch", title: str = "") -> Figure:
-    """Draw quantities over the course of a training, one line each, in one pair of axes.
+def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Draw quantities over the epochs of a training, one line each, in one pair of axes.
 
     Args:
-        curves: name -> positions and values, of the same length; values that are not finite leave a gap.
-        axis: what the positions are.
-        title: above the axes.
+        curves: name -> epochs and values, of the same length; values that are not finite leave a gap.
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: if there is no curve, or one has more or fewer positions than values.
+        ValueError: if there is no curve, or one has more or fewer epochs than values.
 
     Example:
         >>> plot_curves({"val/wasserstein": ([0, 1, 2], [3.1, 2.0, 1.4])})
@@ -102,19 +100,18 @@ def plot_curves(curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], a
         raise ValueError("there are no curves to draw")
     figure = new_figure(6.4, 3.6)
     axes: Axes = figure.add_subplot()
-    for number, (name, (positions, values)) in enumerate(curves.items()):
-        if len(positions) != len(values):
-            raise ValueError(f"{name} has {len(positions)} positions and {len(values)} values")
+    for number, (name, (epochs, values)) in enumerate(curves.items()):
+        if len(epochs) != len(values):
+            raise ValueError(f"{name} has {len(epochs)} epochs and {len(values)} values")
         finite = [value if np.isfinite(value) else np.nan for value in values]
         marker = "o" if len(values) < 30 else ""
-        axes.plot(positions, finite, color=SERIES[number % len(SERIES)], linewidth=1.6, marker=marker, markersize=3, label=name)
+        axes.plot(epochs, finite, color=SERIES[number % len(SERIES)], linewidth=1.6, marker=marker, markersize=3, label=name)
     axes.grid(color=LINES)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(LINES)
     axes.tick_params(colors=MUTED, length=0, labelsize=_FONT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel(axis, fontsize=_FONT, color=MUTED)
-    axes.set_title(title, fontsize=_FONT + 2, color=INK, loc="left")
+    axes.set_xlabel("epoch", fontsize=_FONT, color=MUTED)
     axes.legend(fontsize=_FONT, frameon=False, labelcolor=INK)
     return figure
