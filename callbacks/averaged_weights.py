@@ -16,8 +16,8 @@ class AveragedWeights(Callback):
     The average covers the floating-point parameters and the saved floating-point buffers, in float32 or wider; integer
     buffers are those of the last step. During validation the module holds the average, and after training it keeps it.
     A checkpoint's `state_dict` is the average, so `load_from_checkpoint`, `test(ckpt_path=...)` and exports need no callback;
-    the weights of the training lie in the callback's state and come back when `fit` resumes. Only of a
-    `trainer.save_checkpoint(..., weights_only=True)` by hand Lightning tells no callback: it holds the weights of the training.
+    the weights of the training lie in the callback's state and come back when `fit` resumes. The exception is a checkpoint saved by
+    hand, `trainer.save_checkpoint(..., weights_only=True)`: Lightning tells no callback of it, so it holds the weights of the training.
     """
 
     def __init__(self) -> None:

@@ -19,13 +19,13 @@ class CheckpointAverage(Callback):
 
     With w_1 ... w_k the weights of the checkpoints that `ModelCheckpoint(monitor=..., save_top_k=k)` has kept: (w_1 + ... + w_k) / k,
     as `average.ckpt` beside them. BatchNorm's statistics of the mean are estimated anew, by one pass over the training data. The
-    training itself, and the module at its end, are as without this callback. The mean holds no optimiser: it is for
-    `validate(ckpt_path=...)`, `test`, and as a start for others. Unlike `SWA` it takes the epochs that validation prefers.
+    training itself, and the module at its end, are as without this callback. The mean holds no optimiser state: it is for
+    `validate(ckpt_path=...)` and `test`, or to start from. Unlike `SWA` it takes the epochs that validation prefers.
 
     Cost: reading k checkpoints, and for modules with BatchNorm one pass without gradients over the training data. Composes with
-    every callback; under `EMA` it is a mean of averages. Refuses sharding strategies. Without a `ModelCheckpoint` that keeps some, two or
-    more, by a metric there is nothing to average, which it says in a warning; so it does of files that it cannot read or write, and
-    the training ends well. Checkpoints that are gone by then are left out.
+    every callback; under `EMA` it is a mean of averages. Refuses sharding strategies. If no `ModelCheckpoint` keeps at least two by a
+    metric, or a file cannot be read or written, a warning says so and the training ends as usual. Checkpoints that are gone by then
+    are left out.
 
     Attributes:
         average_path: the file, None until it is written.
@@ -37,7 +37,7 @@ class CheckpointAverage(Callback):
 
     Raises:
         ValueError: if `batch_norm_batches` is not positive.
-        TypeError: if `reference_loader` can be gone through only once.
+        TypeError: if `reference_loader` can be iterated over only once.
 
     Example:
         >>> best = ModelCheckpoint(monitor="val/accuracy", mode="max", save_top_k=3)

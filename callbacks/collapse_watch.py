@@ -20,24 +20,24 @@ _CURE = (
 
 
 class CollapseWatch(FeatureObserver):
-    """Warns, or ends the training, when features have become the same for all samples, which a contrastive loss does not get out of.
+    """Warns, or ends the training, when features have collapsed to the same for all samples, from which a contrastive loss cannot recover.
 
-    Two signs, of which a module may give one only:
+    It watches two signs, of which a module may give only one:
 
-    - The loss. If all features are the same, that of an anchor among R rows is log(R - 1) whatever the temperature (`supcon_loss`). Of
-      each epoch, the mean training loss over this value is logged as `train/collapse_ratio`; a training that is stuck stays at 1.00.
-      The value is the argument, or else the module's attribute `collapsed_loss`, read after every step: a number, a scalar tensor, for
-      which nothing waits, or None before the first step.
+    - The loss. If all features are the same, that of an anchor among R rows is log(R - 1) whatever the temperature (`supcon_loss`). The
+      mean training loss of each epoch, divided by this value, is logged as `train/collapse_ratio`; a collapsed training stays at 1.00.
+      The value is the argument, or else the module's attribute `collapsed_loss`, read after every step: a number, a scalar tensor,
+      which is read without waiting for the device, or None before the first step.
     - The features. Their effective rank in validation is logged as `val/feature_rank`, with `features="forward"` followed by `_forward`,
       unless `FeatureRank` does so; it falls to 1 where all features are the same up to a factor.
 
     A sign that holds for `patience` epochs, or validations, in a row gives one warning in a fit, which names the cure. Losses
     count for the whole epoch and all processes, steps whose loss is not finite are left out. With several validation loaders, the first
-    one counts; the sanity check counts nothing. How long a sign has held goes on when `fit` resumes; after a resume in the middle of
-    an epoch of several processes, the losses of the first process stand for what went before.
+    one counts; the sanity check counts nothing. The counts go on when `fit` resumes; after a resume in the middle of an epoch of several
+    processes, the losses of the first process stand for what went before.
 
     Cost: a sum a step; the validated samples are encoded once more, once for all callbacks that look at features, and the eigenvalues of
-    a D x D matrix. Composes with every callback; only one in a trainer. `validate` and `test` are none of its business.
+    a D x D matrix. Composes with every callback; only one in a trainer. It does nothing in `validate` and `test`.
 
     Args:
         patience: epochs, or validations, in a row.
@@ -47,8 +47,8 @@ class CollapseWatch(FeatureObserver):
         min_share: share of the highest rank so far under which they do; 0 is off. For training without labels: with labels, features
             may well fall to as many directions as there are classes.
         features: whose rank is watched: "encode" for `pl_module.encode(x)`, or "forward".
-        every_n_epochs: look at features in the first epoch that is validated, also after a resume, every n-th and the last one.
-        stop: end the training, too.
+        every_n_epochs: look at features in the first validated epoch (also after a resume), every n-th one and the last.
+        stop: also end the training.
 
     Raises:
         ValueError: if a setting is out of range.

@@ -1,4 +1,4 @@
-"""Draws which points of a cloud decide what a PointNet says."""
+"""Draws the points of a cloud that decide a PointNet's prediction."""
 
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ from .predictions import class_names_of, output_folder
 
 
 class CriticalPointsPlot(EvaluationObserver):
-    """Writes a picture of evaluated clouds: all their points, the critical ones, and the shape that bounds what could be added.
+    """Writes a picture of evaluated clouds: all their points, the critical ones, and all that could be added without changing the result.
 
     `critical_points_val.png` in the run's folder shows the first validation cloud of each class as the model sees it at the end
     of the training, or in a `validate`; `critical_points_test.png` those of the test. Each row names the predicted class with its

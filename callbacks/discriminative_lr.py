@@ -1,4 +1,4 @@
-"""Learning rates that fall from the output to the input: what is general is kept, what is special is learnt."""
+"""Learning rates that fall from the output to the input, so that the general layers near the input change the least."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,7 +74,7 @@ def discriminative_param_groups(
 
 
 class DiscriminativeLR(Callback):
-    """Divides the learning rates of the layers by powers of a factor, the more the nearer a layer is to the input.
+    """Divides the learning rates of the layers by powers of a factor that grow from the output to the input.
 
     lr_l(t) = lr(t) / factor^(L - 1 - l) for the layer groups l = 0 (input) ... L - 1 (output), with lr(t) the module's own
     schedule. Each parameter group of each optimizer is split by layer and keeps its other options. If you can edit the

@@ -20,8 +20,9 @@ class EMA(AveragedWeights):
 
     During validation the module holds the average, after training it keeps it; until the first update it is left alone. A
     checkpoint's `state_dict` is the average, so it loads and tests without this callback; the weights of the training lie in
-    the callback's state and come back when `fit` resumes. Only of a `trainer.save_checkpoint(..., weights_only=True)` by hand
-    Lightning tells no callback: it holds the weights of the training, which an exception also leaves in the module.
+    the callback's state and come back when `fit` resumes. The exception is a checkpoint saved by hand,
+    `trainer.save_checkpoint(..., weights_only=True)`: Lightning tells no callback of it, so it holds the weights of the training. An
+    exception leaves these in the module.
 
     Cost: one pass over the weights a step, one float32 copy of them, and another one during validation. Composes with
     every callback but other weight averages. Refuses sharding strategies and `save_weights_only=True`.

@@ -33,11 +33,11 @@ Reference = Literal["own", "train"]
 
 
 class EmbeddingMetrics(FeatureObserver):
-    """Logs how well the classes of validation and test can be told from features by retrieval and by clustering.
+    """Logs how well features separate the classes of validation and test, measured by retrieval and by clustering.
 
     Queries are the evaluated samples. Each searches, by cosine similarity, among the other evaluated samples, or among the training
-    samples: precision at 1 is the share whose nearest one has their class, R-precision that of a query's class among its R nearest,
-    R being how many of that class there are, and MAP@R also rewards a right order (`retrieval_metrics`). Clusters of the evaluated
+    samples: precision at 1 is the share whose nearest one has their class, R-precision the share of a query's class among its R nearest,
+    R being the number of samples of that class, and MAP@R also rewards a right order (`retrieval_metrics`). Clusters of the evaluated
     samples, by k-means into as many as there are classes, are compared with the classes: AMI and NMI (`clustering_metrics`).
 
     Logs `val/embedding_precision_at_1`, `..._r_precision`, `..._map_at_r`, `..._ami` and `..._nmi`, and the same of `test/`. With
@@ -53,7 +53,7 @@ class EmbeddingMetrics(FeatureObserver):
     search of the R nearest and a k-means, which `max_samples` bounds; with `reference="train"`, a pass over the training set, shared
     with `KNNMonitor`, and a search among all of it. Composes with every callback; under `EMA` and `SWA` it scores the average.
 
-    Other libraries' versions are of no use during a training. On 10,000 points and two cores, torchmetrics 1.9 took 6.5 s for the AMI of
+    Other libraries are too slow for this during a training. On 10,000 points and two cores, torchmetrics 1.9 took 6.5 s for the AMI of
     10 classes and 52.7 s for that of 100, scikit-learn, which this calls, 0.013 and 0.049 s. torchmetrics' retrieval wants an index for
     every pair: 10,000 queries in 50,000 references would take about half an hour. `AccuracyCalculator(k=1)` of
     pytorch-metric-learning 2.9 cuts R-precision and MAP@R off at the first neighbour, where they say no more than precision at 1.
@@ -61,17 +61,17 @@ class EmbeddingMetrics(FeatureObserver):
     Args:
         features: what is compared: "encode" for `pl_module.encode(x)`, before a projection head, or "forward", after it.
         reference: "own" for the other evaluated samples, or "train" for the training samples.
-        max_samples: of more evaluated samples, a subset of so many is scored, in which each class keeps its share, always the same
-            one; fewer references of a class make retrieval among them harder. None scores all.
+        max_samples: if there are more evaluated samples, a fixed subset of this size is scored, in which each class keeps its share;
+            fewer references of a class make retrieval among them harder. None scores all.
         clusters: whether to cluster; hundreds of classes take seconds.
-        every_n_epochs: of a training, score the first epoch that is validated, also after a resume, every n-th and the last one; between
+        every_n_epochs: in `fit`, score the first validated epoch (also after a resume), every n-th one and the last; between
             them the last scores stand, which `EarlyStopping` counts as no improvement.
         reference_loader: for "train", batches `(x, y)` of training samples, the same on every process or with a distributed sampler;
             by default those of the data module's `eval_train_dataloader`.
 
     Raises:
         ValueError: if a setting is out of range, or a batch is no pair of inputs and labels.
-        TypeError: if `reference_loader` can be gone through only once.
+        TypeError: if `reference_loader` can be iterated over only once.
         MisconfigurationException: at the start, if the module has no such method, another one looks at the same features, or, for
             "train", there are no training samples.
 

@@ -1,4 +1,4 @@
-"""Draws a map of what a representation takes for similar."""
+"""Draws maps of a representation, on which similar samples lie together."""
 
 from typing import Any, Literal, get_args
 
@@ -25,13 +25,13 @@ class EmbeddingPlot(FeatureObserver):
 
     In the run's folder, `embedding/val_epoch_009.png` shows the validation of that epoch, `embedding/val.png` that of a `validate`, and
     `embedding/test.png` the test; with `features="forward"`, `_forward` stands behind `val` and `test`. `embedding/val.html` and
-    `test.html` are the same as a page to look around in, the latest one: a sample under the pointer shows its class, its number and, of
-    images, itself. The picture also goes to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
+    `test.html` are interactive pages of the latest map: pointing at a sample shows its class, its number and, of images, the image. The
+    picture also goes to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
-    The features, in evaluation mode, are those of all processes, at unit length; of many samples a random subset is drawn, of each class
-    its share, always the same one. The title tells the precision at 1 of all of them: how many have a nearest neighbour of their own
-    class. Samples without a label are grey. With several evaluation loaders, the first one counts; the sanity check draws nothing. A
-    picture that fails is warned of, and the training goes on. It has no state, and leaves training and random streams alone.
+    The features, in evaluation mode, are those of all processes, at unit length; of many samples a fixed random subset is drawn, in
+    which each class keeps its share. The title gives precision at 1 over all of them: how many have a nearest neighbour of their own
+    class. Samples without a label are grey. With several evaluation loaders, the first one counts; the sanity check draws nothing. If
+    drawing fails, a warning says so and the training goes on. It has no state, and leaves training and random streams alone.
 
     Cost: keeps the features of all evaluated samples, with thumbnails of images, and compares all with all; t-SNE of 2,000 samples takes
     some seconds of a processor. Composes with every callback; under `EMA` and `SWA` it shows the average.
@@ -39,7 +39,7 @@ class EmbeddingPlot(FeatureObserver):
     Args:
         features: what is drawn: "encode" for `pl_module.encode(x)`, or "forward".
         method: "tsne", "umap", which needs the package umap-learn, or "pca".
-        every_n_epochs: of a training, draw the first epoch that is validated, also after a resume, every n-th and the last one.
+        every_n_epochs: in `fit`, draw the first validated epoch (also after a resume), every n-th one and the last.
         max_points: the most samples to draw.
         class_names: names of the classes; by default the model's `class_names`, else the data's, else numbers.
 

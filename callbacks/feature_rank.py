@@ -31,7 +31,7 @@ class FeatureRank(FeatureObserver):
     Args:
         features: what is looked at: "encode" for `pl_module.encode(x)`, or "forward".
         warn_below: rank under which the features count as collapsed; 0 never warns.
-        every_n_epochs: of a training, look at the first epoch that is validated, also after a resume, every n-th and the last one.
+        every_n_epochs: in `fit`, look at the first validated epoch (also after a resume), every n-th one and the last.
 
     Raises:
         ValueError: if a setting is out of range.

@@ -111,12 +111,12 @@ def directions(features: Tensor) -> Tensor:
 
 
 class FeatureTap:
-    """Stands for a module's `encode` or `forward` during a step, and notes what it was first given and what it gave.
+    """Replaces a module's `encode` or `forward` during a step, and notes the input and output of the first call.
 
-    So the features that a step computes anyhow need not be computed again.
+    So the features that a step computes anyway need not be computed again.
 
     Args:
-        pl_module: whose method it stands for between `insert` and `remove`.
+        pl_module: whose method it replaces between `insert` and `remove`.
         features: the name of that method.
     """
 
@@ -263,7 +263,7 @@ def over_loader(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What a function of inputs, rows `(B, D)`, makes of all of a loader's samples, with their labels and ascending keys.
 
-    Every process must call it, goes through its share, and gets all. The loader may have a `DistributedSampler` or none; without one it
+    Every process must call it, works on its share, and gets all. The loader may have a `DistributedSampler` or none; without one it
     must be the same on every process. Under a distributed sampler that does not shuffle, a key is the place of a sample in the order.
 
     Returns:
@@ -290,7 +290,7 @@ def encode_loader(trainer: Trainer, pl_module: LightningModule, features: Featur
     """
     bank = FeatureBank(*over_loader(trainer, pl_module, loader, lambda inputs: directions(encode(trainer, pl_module, features, inputs))))
     if len(bank.key) == 0:
-        raise ValueError("the loader of training samples is empty: give a reference_loader that can be gone through several times")
+        raise ValueError("the loader of training samples is empty: give a reference_loader that can be iterated over several times")
     return bank
 
 
@@ -378,7 +378,7 @@ def check_reference_loader(reference_loader: Iterable[Any] | None) -> None:
         TypeError: if it is an iterator.
     """
     if isinstance(reference_loader, Iterator):
-        raise TypeError("reference_loader can be gone through once only: give a DataLoader or a list")
+        raise TypeError("reference_loader can be iterated over only once: give a DataLoader or a list")
 
 
 def refuse_without_training_samples(
@@ -394,7 +394,7 @@ def refuse_without_training_samples(
 
 
 def refuse_training_loader(callback: Callback, trainer: Trainer, reference_loader: Iterable[Any] | None) -> None:
-    """Refuse the loader that the training itself goes through: a pass in its middle would disturb it."""
+    """Refuse the loader that the training itself iterates over: a pass in between would disturb it."""
     loaders = trainer.train_dataloader
     loaders = list(loaders.values()) if isinstance(loaders, dict) else loaders if isinstance(loaders, (list, tuple)) else [loaders]
     if reference_loader is not None and any(loader is reference_loader for loader in loaders):
@@ -420,7 +420,7 @@ class FeatureObserver(EvaluationObserver):
 
     Args:
         features: the module's method that gives the features `(B, D)` of inputs: "encode" or "forward".
-        every_n_epochs: of a training, look at the first epoch that is validated, also after a resume, every n-th and the last one.
+        every_n_epochs: in `fit`, look at the first validated epoch (also after a resume), every n-th one and the last.
     """
 
     def __init__(self, features: Features, every_n_epochs: int) -> None:

@@ -24,7 +24,7 @@ class GradualUnfreeze(Callback):
     gradient, the backward pass is whole, and the gradients of frozen groups are dropped before clipping and the step.
     Composes with every callback but other freezers (BaseFinetuning) and StochasticWeightAveraging; not with strategies
     that shard parameters. Put it before FGM and SAM, which then see no gradient of a frozen group under DDP either. Give
-    the optimizer all parameters, those that start frozen too.
+    the optimizer all parameters, including those that start frozen.
 
     Args:
         every_n_epochs: epochs between two groups, at least 1.

@@ -27,14 +27,14 @@ from .guards import refuse
 
 
 class KNNMonitor(FeatureObserver):
-    """Logs how many validation and test samples their k nearest training samples classify rightly.
+    """Logs the accuracy on validation and test samples of a vote of their k nearest training samples.
 
     With v features of unit length and N(x) the k training samples whose v_i.v(x) are the largest, the prediction is
 
         argmax_c sum_{i in N(x), y_i = c} exp(v_i.v(x) / T).
 
     All features are taken in evaluation mode and without augmentation; those of the training set anew for every validation. So it
-    judges any encoder at once, also one that trains without labels. It leaves training, random streams and logs of others alone.
+    scores any encoder while it trains, even without labels. It does not touch training, random streams and what others log.
 
     Logs `val/knn_k200_t0.1_encode` and `test/knn_k200_t0.1_encode`, named after k, T and the features, because accuracies
     compare only where these agree; for `ModelCheckpoint(monitor=...)` too. It counts over the whole epoch and all processes.
@@ -48,7 +48,7 @@ class KNNMonitor(FeatureObserver):
         k: neighbours that vote.
         temperature: T of their weights.
         features: what is compared: "encode" for `pl_module.encode(x)`, or "forward".
-        every_n_epochs: of a training, score the first epoch that is validated, also after a resume, every n-th and the last one; between
+        every_n_epochs: in `fit`, score the first validated epoch (also after a resume), every n-th one and the last; between
             them the last score stands, which `EarlyStopping` counts as no improvement.
         reference_loader: batches `(x, y)` of training samples, the same on every process or with a distributed sampler; by
             default those of the data module's `eval_train_dataloader`.
@@ -56,7 +56,7 @@ class KNNMonitor(FeatureObserver):
 
     Raises:
         ValueError: if a setting is out of range, or a batch is no pair of inputs and labels.
-        TypeError: if `reference_loader` can be gone through only once.
+        TypeError: if `reference_loader` can be iterated over only once.
         MisconfigurationException: at the start, if the module has no such method, another monitor has the same name, or there are no
             training samples, fewer than k, or none with a label; where their number is not known before, after the first epoch.
 

@@ -31,10 +31,10 @@ class LinearProbe(FeatureObserver):
     per batch, from W = b = 0. The encoder does not notice: its gradients, weights, random streams and checkpointed `state_dict` are
     as without the probe, whose weights lie in the callback's state and come back when `fit` resumes.
 
-    Features of training are those that the step itself computes, augmented and in training mode, where it calls `encode` on the batch's
+    Features of training are those that the step itself computes, augmented and in training mode, if it calls `encode` on the batch's
     inputs; else the inputs are encoded once more, in evaluation mode. Views `(B, V, C, H, W)` of a `Batch` all count; samples with
-    the label -1, or with features that are not finite, do not. In evaluation, features are those of evaluation mode. The accuracy lags a little behind that of a probe trained to its
-    end on a frozen encoder, which a paper's table shows.
+    the label -1, or with features that are not finite, do not. In evaluation, features are those of evaluation mode. The accuracy is a
+    little below that of a probe trained to convergence on the frozen encoder, which papers report.
 
     Logs `train/probe_loss`, `val/probe_accuracy` and `test/probe_accuracy`, with `features="forward"` followed by `_forward`, over
     the whole epoch and all processes. With several evaluation loaders, the first one counts; the sanity check logs nothing.

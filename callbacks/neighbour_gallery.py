@@ -1,4 +1,4 @@
-"""Draws what a representation takes for similar."""
+"""Draws samples beside their nearest neighbours in a representation."""
 
 from collections.abc import Iterable
 from typing import Any, Literal
@@ -30,22 +30,24 @@ class NeighbourGallery(FeatureObserver):
     """Writes a picture of validation samples and the training samples that lie nearest to them.
 
     `neighbours/val.png` in the run's folder shows the latest validation that was drawn, `neighbours/test.png` the test, with
-    `features="forward"` followed by `_forward`. Each row is a sample of that split, always the same ones, spread evenly over it, and the training samples with the largest cosine similarity
-    of features; the frame says whether they are of its class, the title how many of all are. Images are shown as they were before normalisation,
-    by the data's or the model's `image_mean` and `image_std`, else from their darkest to their brightest value; clouds `(N, 3)` and
-    vectors `(D,)` as such. The picture also goes to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
+    `features="forward"` followed by `_forward`. Each row is a sample of that split, always the same ones, spread evenly over it, and
+    the training samples with the largest cosine similarity of features; the frame says whether they are of its class, the title how
+    many of all are. Images are shown as they were before normalisation, by the data's or the model's `image_mean` and `image_std`, else
+    from their darkest to their brightest value; clouds `(N, 3)` and vectors `(D,)` as such. The picture also goes to every logger that
+    takes pictures, as that of `ConfusionMatrixPlot`.
 
-    Features are taken in evaluation mode and without augmentation, those of the training set anew for every picture. Under several processes,
-    the queries are those of the first one, the neighbours those among all training samples. With several evaluation loaders, the
-    first one counts; the sanity check draws nothing. It has no state, and leaves training and random streams alone.
+    Features are taken in evaluation mode and without augmentation, those of the training set anew for every picture. Under several
+    processes, the queries are those of the first one, the neighbours those among all training samples. With several evaluation loaders,
+    the first one counts; the sanity check draws nothing. It has no state, and leaves training and random streams alone.
 
     Cost: a pass over the training set without gradients, shared with `KNNMonitor`, another one that only reads it, to find the
-    neighbours' inputs, the batches that the queries come from once more, and about 0.5 s for 8 queries. Composes with every callback; under `EMA` and `SWA` it shows the average.
+    neighbours' inputs, the batches that the queries come from once more, and about 0.5 s for 8 queries. Composes with every callback;
+    under `EMA` and `SWA` it shows the average.
 
     Args:
         queries: rows of the picture.
         neighbours: columns.
-        every_n_epochs: of a training, draw the first epoch that is validated, also after a resume, every n-th and the last one.
+        every_n_epochs: in `fit`, draw the first validated epoch (also after a resume), every n-th one and the last.
         features: what is compared: "encode" for `pl_module.encode(x)`, or "forward".
         reference_loader: batches `(x, y)` of training samples, the same on every process or with a distributed sampler; by
             default those of the data module's `eval_train_dataloader`.
@@ -53,7 +55,7 @@ class NeighbourGallery(FeatureObserver):
 
     Raises:
         ValueError: if a setting is out of range, or the inputs are neither images nor clouds nor vectors.
-        TypeError: if `reference_loader` can be gone through only once.
+        TypeError: if `reference_loader` can be iterated over only once.
         MisconfigurationException: at the start, if the module has no such method, or there are no training samples.
 
     Example:

@@ -23,9 +23,9 @@ _BATCH_SIZE = 64
 class PseudoLabelDataset(Dataset[Any]):
     """A data set of which some samples have no label, for `PseudoLabels` and any DataLoader.
 
-    It always has the length of the whole: the place of a sample that has no label for the moment is lent to the labelled ones in turn. So
-    the number of batches, and with it every schedule, stays what it is. Labels and places lie in shared memory, where worker processes
-    see a new choice too, persistent ones as well. The label that the data set itself gives is never used.
+    It always has the length of the whole data set: places of samples that have no label at the moment are filled with labelled ones in
+    turn. So the number of batches, and with it every schedule, stays the same. Labels and places lie in shared memory, where worker
+    processes, persistent ones too, see a new choice. The label that the data set itself gives is never used.
 
     Args:
         dataset: samples `(x, y, ...)` or `x`, by index.
@@ -165,7 +165,7 @@ class PseudoLabels(Callback):
 
     and trains with it from epoch e on, until the next choice, which starts anew; the others do not train. t goes in equal steps from
     `threshold` to `final_threshold` in the last epoch. An epoch always has as many samples as the training set, labelled or not: while
-    few have a label, these come again and again, augmented in other ways where they are. So schedules by step stay what they are.
+    few have a label, these are repeated, augmented differently each time. So schedules by step stay the same.
 
     The samples come from a DataModule of litzoo, marked by the label -1 in its training split, or from a `PseudoLabelDataset` in any
     DataLoader. Labels of validation and test samples are never touched, nor is a hidden label ever read. Logs `train/pseudo_labels`, how

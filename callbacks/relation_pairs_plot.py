@@ -1,4 +1,4 @@
-"""Draws which images a relation head takes for related."""
+"""Draws the pairs of images that a relation head finds the most and the least related."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -19,8 +19,8 @@ class RelationPairsPlot(FeatureObserver):
 
     `relation_pairs/val.png` in the run's folder shows the latest validation that was drawn, `relation_pairs/test.png` the test. Of
     images that are spread evenly over the split, always the same ones, all pairs are scored by the sigmoid of `pl_module.relate(a, b)`,
-    which for the features `(P, D)` of P pairs gives their logits `(P,)`, as `RelationalReasoning` does. An image is shown in one
-    pair of the best and one of the worst; the frame says whether both are of one class. The title has the area under the ROC curve:
+    which for the features `(P, D)` of P pairs gives their logits `(P,)`, as `RelationalReasoning` does. An image is shown in at most one
+    of the best pairs and one of the worst; the frame says whether both are of one class. The title has the area under the ROC curve:
     how often a pair of one class has a larger score than a pair of two. Images are shown as they were before normalisation,
     as by `NeighbourGallery`. The picture also goes to every logger that takes pictures.
 
@@ -33,7 +33,7 @@ class RelationPairsPlot(FeatureObserver):
     Args:
         pairs: drawn of the most related, and as many of the least related.
         samples: images of which all pairs are scored.
-        every_n_epochs: of a training, draw the first epoch that is validated, also after a resume, every n-th and the last one.
+        every_n_epochs: in `fit`, draw the first validated epoch (also after a resume), every n-th one and the last.
         class_names: names of the classes; by default the model's `class_names`, else the data's, else numbers.
 
     Raises:

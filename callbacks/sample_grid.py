@@ -26,16 +26,16 @@ class SampleGrid(Callback):
     batch of the first epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows
     logged numbers over the epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
-    Images are generated in evaluation mode, at the end of the validation, or without one of the epoch, on the first process alone: the
-    module's `sample` must call no other process. The sanity check draws nothing. Its state are the points of the curves; it leaves
-    training and random streams alone.
+    Images are generated in evaluation mode, at the end of the validation or, if there is none, of the epoch, by the first process alone:
+    the module's `sample` must not communicate with other processes. The sanity check draws nothing. Its state is the points of the
+    curves; it leaves training and random streams alone.
 
     Cost: generating the images, and about 0.3 s a picture. Composes with every callback; under `EMA` and `SWA` it shows the
     average in epochs that are validated, in others the weights of the training.
 
     Args:
         number: of generated images; a square number fills the picture.
-        every_n_epochs: of a training, draw the first epoch, every n-th and the last one.
+        every_n_epochs: in `fit`, draw the first epoch, every n-th one and the last.
         seed: of the noise.
         curve: names under which the module logs what the curves show, such as "val/wasserstein".
 

@@ -42,7 +42,7 @@ class SWA(AveragedWeights):
 
     Raises:
         ValueError: if a setting is out of range.
-        TypeError: if `reference_loader` can be gone through only once.
+        TypeError: if `reference_loader` can be iterated over only once.
 
     Example:
         >>> trainer = Trainer(max_epochs=100, callbacks=[SWA(start=0.75)])

@@ -30,7 +30,7 @@ class TestTimeAugmentation(Callback):
         views: a preset, or functions inputs -> inputs; x itself always comes besides. Of images `(B, C, H, W)`: "flip" (mirrored),
             "flip_rotations" (all 8 symmetries of the square), "shifts" (by 1/16 to the four sides), "scales" (0.9 and 1.1 times as
             large); of clouds `(B, N, 3)`: "yaw" (12 turns about +y), "mirror" (at x = 0), "halves" (4 fixed random halves of the points).
-            Take only what leaves the class as it is: a mirrored digit is none.
+            Choose only views that keep the class: a mirrored digit is none.
         merge: "probabilities" for logits `(B, C)`, "logits" for scores `(B,)` or `(B, C)`, or a function of the list of outputs, that of
             x first, for anything else.
         target: name of the submodule whose `forward` is meant, such as "net", where the steps do not call the module itself.

@@ -361,7 +361,7 @@ class ArrayDataModule(LightningDataModule):
 
     @cached_property
     def fingerprint(self) -> str:
-        """Tells whether a memory of training samples belongs to these: a hash of their numbers and of some of their inputs."""
+        """Identifies the training samples, for what is made from them, such as a memory bank: a hash of their indices and some inputs."""
         index = self.train_index
         some = index[torch.linspace(0, len(index) - 1, min(len(index), 64)).long()]
         digest = hashlib.sha256(index.numpy().tobytes())
@@ -408,7 +408,7 @@ class ArrayDataModule(LightningDataModule):
 
     @property
     def augments(self) -> bool:
-        """Whether a training batch may give a model something else than an evaluation batch of the same samples."""
+        """Whether a model may get something else in a training batch than in an evaluation batch of the same samples."""
         return type(self).augment is not ArrayDataModule.augment
 
     def transform(self, batch: Batch) -> Batch:

@@ -22,8 +22,8 @@ class DigitsDataModule(ImageDataModule):
     the test split for everybody, a fifth of each digit; validation is held out from the other 1,438. All splits share their writers.
 
     Args:
-        augmentation: a preset by name, or an `ImageAugmentation`; the default zooms, shifts and turns a little. Most presets mirror,
-            which makes no digit of a digit.
+        augmentation: a preset by name, or an `ImageAugmentation`; the default zooms, shifts and turns a little. Most presets mirror
+            images, and a mirrored digit is none.
         views: views of each training image.
         image_size: pixels of what a model gets; 8 or None keeps the stored ones.
         train_fraction: share of each class's training images to use, in (0, 1].

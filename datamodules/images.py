@@ -12,7 +12,7 @@ from .augment.images import PRESETS, ImageAugmentation, Preset, center_box, crop
 from .errors import DataError
 from .splits import TRAIN, VAL, hold_out, stratified_split, thin_out
 
-# Images of which mean and deviation are taken, where a data set does not publish them.
+# Training images on which mean and standard deviation are measured, where none are published.
 _SAMPLED = 2048
 
 
@@ -74,7 +74,7 @@ class ImageDataModule(ArrayDataModule):
             raise ValueError(f"views and image_size must be at least 1, got {views} and {image_size}")
         if std is not None and min(std) <= 0:
             raise ValueError(f"std must be positive, got {list(std)}")
-        # Out of range here and now, not when the data are read.
+        # What is out of range is refused now, not when the data are read.
         stratified_split(torch.zeros(0, dtype=torch.long), val_fraction, test_fraction)
         thin_out(torch.zeros(0, dtype=torch.uint8), torch.zeros(0, dtype=torch.long), train_fraction, imbalance=imbalance)
         self.augmentation = PRESETS[augmentation] if isinstance(augmentation, str) else augmentation
@@ -129,12 +129,12 @@ class ImageDataModule(ArrayDataModule):
 
     @property
     def image_mean(self) -> list[float]:
-        """Mean of each channel that is subtracted, of images in [0, 1]."""
+        """Mean that is subtracted from each channel of images in [0, 1]."""
         return self._moments[0]
 
     @property
     def image_std(self) -> list[float]:
-        """Standard deviation of each channel by which is divided."""
+        """Standard deviation by which each channel is divided."""
         return self._moments[1]
 
     @cached_property

@@ -216,7 +216,7 @@ def block_dataset(file: Any, name: str, shape: tuple[int, ...], dtype: str | np.
 def map_array(path: Path, name: str) -> Tensor:
     """Memory-map an array of an HDF5 file that is one contiguous, uncompressed block of native numbers.
 
-    The pages are private to the process only if it writes to them, so that workers share them.
+    Worker processes share its pages; one that writes to a page gets a copy of its own.
 
     Args:
         path: the file.

@@ -92,7 +92,7 @@ class STL10DataModule(ImageDataModule):
         root: folder of the archive and of the packed file; `~` and environment variables are resolved.
         download: whether to download the archive (2.6 GB) if it is missing or damaged.
         train_on: "labelled" training images, "unlabelled" images, or "both". The validation images are the same with each.
-        fold: k of 0 to 9 trains on exactly the official 1,000 images of fold k, and validates on others; None on all.
+        fold: k from 0 to 9 trains on exactly the official 1,000 images of fold k and validates on others; None trains on all.
         augmentation: a preset by name, or an `ImageAugmentation`.
         views: views of each training image.
         image_size: pixels of what a model gets; None takes the stored 96.

@@ -105,11 +105,11 @@ def clean_labels(
     views are fused by `fuse`; a round doubts a label by the rule of `label_votes`; `judge_labels` decides. A round whose training part
     lacks a class says nothing about samples with that label.
 
-    Nothing keeps an encoder that somebody trained on these very labels from knowing them: give `make_model` none, or one that saw no labels.
+    A pretrained encoder that was trained on these very labels already knows them: let `make_model` use none, or one that saw no labels.
 
     Each trained model leaves its logits in `output`; with the same settings and data, a later call trains only what is missing, and may
     change `num_models`, `weights`, `threshold`, `min_flags` and `filter_by`. Nothing is validated, and the last weights predict. Random
-    streams, seeds and the splits of the data are afterwards as they were.
+    streams, seeds and the splits of the data are left as they were.
 
     Args:
         make_model: datamodule -> a new model whose `forward` gives logits `(B, C)`; called with the split of the round, so that
@@ -130,7 +130,7 @@ def clean_labels(
         seed: of folds, models and views.
         jobs: processes, which train a model each and share torch's threads; arguments must then be picklable by cloudpickle.
         recipe: settings that identify models and trainers; a folder made with others is refused. Change it when `make_model` changes.
-        report: gets a line of progress now and then; None is silent.
+        report: gets lines of progress; None is silent.
 
     Returns:
         The verdicts.

@@ -33,21 +33,21 @@ class EncoderClassifier(LightningModule):
     """Classifier on the features f(x) of an encoder: `encode(input) -> (B, D)` of any model of litzoo.
 
     - "linear": p(y | x) = softmax(W f(x) + b), fitted by the cross entropy with label smoothing. With a frozen encoder, this is the
-      linear evaluation of a representation and the second stage of SupCon; else fine-tuning.
+      linear evaluation of a representation and the second stage of SupCon; otherwise it is fine-tuning.
     - "knn": weighted vote of the k nearest training features (`KNNClassifier`); k = 1 is the nearest training sample.
     - "class_means": p(y | x) = softmax(cos(f(x), m_y) / T), with m_y the mean of the normalised training features of class y.
     - "tau_normalized": the encoder's own linear classifier with weights w_c / ||w_c||^tau, without bias, for classes of unequal frequency.
-    - "weight_scaling": that classifier with weights s_c w_c, of which s is learned; on balanced classes (`balanced` of the data).
-      "linear" on balanced classes is the retraining of the classifier.
+    - "weight_scaling": that classifier with weights s_c w_c, where only s is learned; train it on balanced classes (`balanced` of the
+      data). "linear" on balanced classes is the re-training of the classifier (cRT).
 
     "knn", "class_means" and "tau_normalized" learn nothing by gradient: `fit` passes over the training set once if they need it, validates,
     and ends after one epoch, whatever `max_epochs` says; training samples labelled -1 are left out.
 
-    A frozen encoder is always in evaluation mode and stays as it is, to the bit. Where, besides, nothing augments the training data,
-    they are encoded once, as those of validation, and the head is trained on the cached features, in the very minibatches that the
-    training loader would yield: the result is the same up to rounding, in a fraction of the time. The trainer then sees one batch an
-    epoch, and optimizer, schedulers and `global_step` as many steps as ever; loggers count epochs. With clipping, accumulation,
-    validation within an epoch, several processes, or callbacks that act on single batches, it is trained on the batches instead.
+    A frozen encoder is always in evaluation mode and does not change by a bit. If, in addition, the training data are not augmented,
+    training and validation data are encoded only once, and the head is trained on the cached features, in the very minibatches that
+    the training loader would yield: the result is the same up to rounding, in a fraction of the time. The trainer then sees one batch
+    per epoch, while optimizer, schedulers and `global_step` count every minibatch as usual; loggers count epochs. With gradient clipping,
+    accumulation, validation within an epoch, several processes, or callbacks that act on single batches, nothing is cached.
 
     Batches are `Batch` or `(input, label)`, as the encoder takes them; a training batch of images may hold views `(B, V, C, H, W)`. Logs
     loss and accuracy of training, and of validation and test also mean class accuracy, MCC and calibration error, over the epoch.
@@ -64,7 +64,7 @@ class EncoderClassifier(LightningModule):
         k: neighbours that vote.
         temperature: of the votes of neighbours, exp(cos / T), and of the class means.
         tau: exponent of "tau_normalized"; choose it on balanced validation data.
-        cache_features: True insists on the cache, False does without; None decides by itself.
+        cache_features: True refuses to train where features cannot be cached, False never caches them; None caches them where it can.
         lr: learning rate of the head in place of that of `optimizer`; "auto" finds one before the first epoch by a range test on the cached
             features. Lightning's `LearningRateFinder` sets it as well.
         encoder_lr_factor: in fine-tuning, learning rate of the encoder as a share of that of the head. With
@@ -74,7 +74,7 @@ class EncoderClassifier(LightningModule):
 
     Raises:
         ValueError: if a setting is out of range, or the encoder cannot be loaded; at the start of `fit`, if the data are
-            normalised in another way than the encoder's, training samples have no label, or the cache is impossible.
+            not normalised as the encoder's were, training samples have no label, or features are to be cached and cannot be.
 
     Example:
         >>> model = EncoderClassifier("pointnet_furniture", num_classes=4, head="class_means")
@@ -196,7 +196,7 @@ class EncoderClassifier(LightningModule):
 
     @torch.no_grad()
     def predict(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """Class probabilities of raw inputs: prepares them as the encoder wants it and runs in evaluation mode.
+        """Class probabilities of raw inputs, which are prepared as the encoder needs them and classified in evaluation mode.
 
         Args:
             inputs: images as `ImageClassifier.predict` takes them, clouds as `PointNetClassifier.predict` does, or vectors `(B, D)`.
@@ -205,7 +205,7 @@ class EncoderClassifier(LightningModule):
             `(B, num_classes)` float32, on the model's device.
 
         Raises:
-            ValueError: if an input has another shape, type or range, or there is none.
+            ValueError: if an input has the wrong shape, dtype or range, or there are no inputs.
 
         Example:
             >>> model.predict(torchvision.io.decode_image("cat.png")).argmax()
@@ -215,8 +215,10 @@ class EncoderClassifier(LightningModule):
 
     @torch.no_grad()
     def ood_score(self, inputs: Tensor | Sequence[Tensor]) -> Tensor:
-        """How strange raw inputs are to the training data, the higher the stranger: for "knn" 1 - cos to the k-th nearest training feature
-        (Sun et al.), for "class_means" 1 - the largest cosine, for the others the energy -log sum_c exp(logit_c) (Liu et al.).
+        """Out-of-distribution score of raw inputs, higher the less they are like the training data.
+
+        For "knn" it is 1 - cos to the k-th nearest training feature (Sun et al.), for "class_means" 1 - the largest cosine, for the
+        other heads the energy -log sum_c exp(logit_c) (Liu et al.).
 
         Args:
             inputs: as for `predict`.

@@ -25,13 +25,13 @@ class ImageClassifier(LightningModule):
     Loss: mean_i -sum_c t_ic log p(c | x_i), with targets t_i = (1 - s) onehot(y_i) + s / C under label smoothing s. MixUp draws
     a ~ Beta(mixup, mixup) per batch and trains on a x_i + (1 - a) x_j with target a t_i + (1 - a) t_j, x_j another image of the
     batch; CutMix pastes a box of x_j that covers 1 - a of the image, a ~ Beta(cutmix, cutmix). With both, one of the two is
-    drawn per batch. With class weights w, both are those of torch's `cross_entropy`: the term of class c weighs w_c, and a batch without
-    mixing is divided by the sum of its w_{y_i}.
+    drawn per batch. Class weights w act as in torch's `cross_entropy`: the term of class c is multiplied by w_c, and without mixing
+    the sum over the batch is divided by the sum of its w_{y_i}.
 
-    Batches are `Batch` or `(images, label)`, images `(B, C, H, W)` float; a training batch may hold views `(B, V, C, H, W)`, which
-    all count as images of their own. Logs loss and accuracy of training, and of validation and test also mean class
-    accuracy, MCC and calibration error, each over the whole epoch. Under MixUp and CutMix, training accuracy counts a mixed
-    image as right if the prediction is the label of x_i, the image that it was made from first; it is then no measure of fit.
+    Batches are `Batch` or `(images, label)`, images `(B, C, H, W)` float; a training batch may hold views `(B, V, C, H, W)`, each of
+    which counts as an image of its own. Logs loss and accuracy of training, and of validation and test also mean class
+    accuracy, MCC and calibration error, each over the whole epoch. Under MixUp and CutMix, training accuracy compares the
+    prediction for a mixed image with the label of x_i alone, so it does not measure the fit.
 
     Args:
         num_classes: C.
@@ -39,9 +39,9 @@ class ImageClassifier(LightningModule):
         backbone: the encoder: a name or a mapping, see `resolve_backbone`.
         in_channels: channels of the images.
         image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
-        image_mean: mean of each channel, by which images were normalised before they get here; `predict` applies it to raw images.
-        image_std: standard deviation of each channel, likewise.
-        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        image_mean: channel means with which the data are normalised; `predict` applies them to raw images.
+        image_std: channel standard deviations, likewise.
+        pretrained: start from timm's weights. The setting is not saved, so loading a checkpoint never downloads anything.
         label_smoothing: s, in [0, 1].
         mixup: parameter of MixUp's Beta distribution; 0 is off.
         cutmix: parameter of CutMix's Beta distribution; 0 is off.
@@ -54,7 +54,7 @@ class ImageClassifier(LightningModule):
         lr_scheduler: optimizer -> scheduler, or None.
 
     Raises:
-        ValueError: if a setting is out of range, a list has another length than it must, or there is no such encoder.
+        ValueError: if a setting is out of range, a list has the wrong length, or there is no such encoder.
 
     Example:
         >>> model = ImageClassifier(num_classes=10, backbone="resnet18", image_size=32)
@@ -127,10 +127,10 @@ class ImageClassifier(LightningModule):
 
     @torch.no_grad()
     def predict(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Class probabilities of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+        """Class probabilities of raw images, which are resized, normalised as in training and classified in evaluation mode.
 
-        Where the size is not `image_size`, the largest centred square is resized to it with antialiasing. One
-        channel becomes three by repetition, three become one by luma.
+        Images that are not of `image_size` are cropped to the largest centred square and resized with antialiasing. Grey images
+        are repeated to three channels, colour images are turned grey by luma, whichever the encoder needs.
 
         Args:
             images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
@@ -139,7 +139,7 @@ class ImageClassifier(LightningModule):
             `(B, num_classes)` float32 probabilities, on the model's device.
 
         Raises:
-            ValueError: if an image has another shape, type or range, or there is none.
+            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
 
         Example:
             >>> model.predict(torchvision.io.decode_image("cat.png")).argmax()

@@ -1,4 +1,4 @@
-"""What the models of images share: which images they take, and how raw ones become such."""
+"""What the image models share: which images they take, and how raw images are prepared for them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class ImageInput:
 
     Attributes:
         channels: channels of the images.
-        size: height and width of the images; None: any.
-        mean: mean of each channel of images in [0, 1], by which they are normalised; None: they are not.
-        std: standard deviation of each channel, likewise.
+        size: height and width of the images; None for any size.
+        mean: channel means, for images in [0, 1], that are subtracted; None if images are not normalised.
+        std: channel standard deviations by which images are divided, likewise.
 
     Raises:
         ValueError: if the mean or the standard deviation does not fit.
@@ -46,7 +46,7 @@ class ImageInput:
         """The full description of an encoder of these images, see `resolve_backbone`.
 
         Raises:
-            ValueError: if there is no such encoder, or it is said to take other images.
+            ValueError: if there is no such encoder, or its description asks for other images.
         """
         if isinstance(backbone, Mapping):
             for name, value in (("in_channels", self.channels), ("image_size", self.size)):
@@ -55,7 +55,7 @@ class ImageInput:
         return resolve_backbone(backbone, self.channels, self.size)
 
     def create(self, description: Mapping[str, Any], pretrained: bool = False) -> nn.Module:
-        """Build the encoder that `resolve` described, and see that it takes these images.
+        """Build the encoder that `resolve` described, and check that it takes these images.
 
         Raises:
             ValueError: if it cannot be built, or shrinks the images to nothing, or wants another size.
@@ -89,10 +89,10 @@ class ImageInput:
         return features
 
     def prepare(self, images: Tensor | Sequence[Tensor], device: torch.device | str = "cpu") -> list[Tensor]:
-        """Raw images as the encoder takes them: brought to size and normalised.
+        """Prepare raw images for the encoder: resize and normalise them.
 
-        Where the size is another one, the largest centred square is resized with antialiasing. One channel becomes three by
-        repetition, three become one by luma.
+        Images of another size are cropped to the largest centred square and resized with antialiasing. Grey images are repeated
+        to three channels, colour images are turned grey by luma, whichever the encoder needs.
 
         Args:
             images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
@@ -102,7 +102,7 @@ class ImageInput:
             Batches `(B, C, H, W)` in the order of the images; one, unless the sizes differ.
 
         Raises:
-            ValueError: if an image has another shape, type or range, or there is none.
+            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
         """
         groups = [self._prepare(group, device) for group in ([images] if isinstance(images, Tensor) else images)]
         if not groups:

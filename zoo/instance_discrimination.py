@@ -33,16 +33,16 @@ class InstanceDiscrimination(LightningModule):
 
     - "softmax": -log P(i | f), exactly, over all rows. At 50,000 images it costs no more than the approximation.
     - "nce": -log h(i) - sum_k log(1 - h(j_k)), with h(j) = P(j | f) / (P(j | f) + m / N) and m rows j_k drawn uniformly (equations
-      4 to 7). Z is taken to be constant and estimated from the first batch (equation 8).
+      4 to 7). Z is treated as a constant, estimated from the first batch (equation 8).
 
-    Two things keep a feature from jumping from epoch to epoch. The paper adds the proximal term w ||f - v_i||^2 to the loss
-    (equation 9), which is felt by the encoder, and replaces the row by the new feature: a positive `proximal_weight`, `bank_momentum=0`.
+    There are two ways to keep the features from jumping between epochs. The paper adds the proximal term w ||f - v_i||^2 to the loss
+    (equation 9), which acts on the encoder, and replaces the row by the new feature: a positive `proximal_weight`, `bank_momentum=0`.
     The published code has no such term; it moves the row only part of the way, v_i <- normalise(m v_i + (1 - m) f), which
-    filters the bank and leaves the encoder alone: `proximal_weight=0, bank_momentum=0.5`, the defaults.
+    smooths the bank but does not act on the encoder: `proximal_weight=0, bank_momentum=0.5`, the defaults.
 
-    Rows are written after the step, never in validation, by all processes alike; a bank is part of the checkpoint. Batches are `Batch`
+    Rows are written after each training step, identically in all processes; the bank is part of the checkpoint. Batches are `Batch`
     or `(images, label, index)`, where `index` counts the training images; views `(B, V, C, H, W)` of an image share its row.
-    Logs the loss, and as soon as labels are known the share of validation images whose class is that of their k nearest rows.
+    Logs the loss and, if training images have labels, the accuracy on validation images of a vote of their k nearest rows.
 
     Args:
         num_train: N, images to train on.
@@ -53,22 +53,22 @@ class InstanceDiscrimination(LightningModule):
         negatives: m.
         noise: "per_sample" draws m rows for each image; "shared" draws m rows for a whole batch: the same expected loss
             at a fraction of the cost, with correlated noise.
-        positives_in_noise: whether an image's own row may be among its noise, as the paper has it.
+        positives_in_noise: whether an image's own row may be drawn as noise, as in the paper.
         partition_momentum: Z <- p Z + (1 - p) Z', with Z' estimated from each batch; 1 keeps the first estimate, as the paper does.
         proximal_weight: w.
         bank_momentum: m of the bank, see above.
         bf16_scores: multiply with the bank in bfloat16.
-        knn: k of the validation by nearest rows.
-        bank_start: "features" starts the bank from clean features of the untrained encoder, by one pass over the training images, so that the
-            first epoch already has a target and Z is that of features; "random" from random directions, as the published code does,
-            and where the trainer has no DataModule with `eval_train_dataloader`.
-        rebuild_bank: where a checkpoint's bank belongs to other data, fill it anew by one pass over the training images instead of
-            refusing.
+        knn: k of the vote in validation.
+        bank_start: "features" fills the bank with features of the untrained encoder in one pass over the unaugmented training images, so
+            that the first epoch already has targets and Z is that of features; "random" fills it with random directions, as does the
+            published code; that is also done if the trainer has no DataModule with `eval_train_dataloader`.
+        rebuild_bank: if a checkpoint's bank belongs to other data, refill it in one pass over the training images instead of raising
+            an error.
         in_channels: channels of the images.
         image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
-        image_mean: mean of each channel, by which images were normalised before they get here; `embed` applies it to raw images.
-        image_std: standard deviation of each channel, likewise.
-        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        image_mean: channel means with which the data are normalised; `embed` applies them to raw images.
+        image_std: channel standard deviations, likewise.
+        pretrained: start from timm's weights. The setting is not saved, so loading a checkpoint never downloads anything.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
@@ -84,7 +84,7 @@ class InstanceDiscrimination(LightningModule):
         Wu, Xiong, Yu & Lin, "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018.
     """
 
-    checkpoint_monitor = "val/knn_bank"  # by which the command line keeps the best checkpoint: there is no loss in validation
+    checkpoint_monitor = "val/knn_bank"  # the command line keeps the best checkpoint by it; validation has no loss
     prefers_bf16 = True  # convolutions dominate: the command line takes bf16-mixed where the processor gains by it
 
     def __init__(
@@ -154,7 +154,7 @@ class InstanceDiscrimination(LightningModule):
 
     @torch.no_grad()
     def embed(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Embeddings of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+        """Embeddings of raw images, which are resized, normalised as in training and encoded in evaluation mode.
 
         Args:
             images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
@@ -163,7 +163,7 @@ class InstanceDiscrimination(LightningModule):
             `(B, embedding_dim)` float32 of length one, on the model's device.
 
         Raises:
-            ValueError: if an image has another shape, type or range, or there is none.
+            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
 
         Example:
             >>> model.embed(torchvision.io.decode_image("cat.png")).shape
@@ -188,7 +188,7 @@ class InstanceDiscrimination(LightningModule):
         self._prepare_bank()  # a tuner trains before `on_fit_start`, and afterwards puts back the empty bank
 
     def _prepare_bank(self) -> None:
-        """See that there is a bank, of the data at hand."""
+        """Make sure that there is a bank, and that it belongs to the data at hand."""
         self.bank.discard()
         self._partition_known = False
         data = getattr(self.trainer, "datamodule", None)  # a plain Trainer has none

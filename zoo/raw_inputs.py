@@ -1,4 +1,4 @@
-"""What `predict` takes, as it goes into a network: images brought to size and normalised, clouds normalised, vectors as they are."""
+"""Prepares the raw inputs of `predict` for a network: resizes and normalises images, normalises clouds, leaves vectors as they are."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,20 @@ from .image_input import ImageInput
 def prepare_raw(
     inputs: Tensor | Sequence[Tensor], image_input: ImageInput | None, normalization: Normalization | None, device: torch.device
 ) -> list[Tensor]:
-    """Raw inputs as a network wants them.
+    """Prepare raw inputs for a network.
 
     Args:
         inputs: images as `ImageInput.prepare` takes them; clouds `(B, N, 3)`, one cloud `(N, 3)`, or a sequence of either; or anything
             else, in one tensor or a sequence of batches.
-        image_input: of a network of images, else None.
-        normalization: of a network of clouds, else None.
-        device: where the network is.
+        image_input: what an image network takes; None for other networks.
+        normalization: that of a point cloud network; None for other networks.
+        device: that of the network.
 
     Returns:
         Batches in the order of the inputs; images and clouds are float32.
 
     Raises:
-        ValueError: if an image has another shape, type or range, or there is none.
+        ValueError: if an image has the wrong shape, dtype or range, or there are no images.
 
     Example:
         >>> [batch.shape for batch in prepare_raw([torch.rand(50, 3), torch.rand(2, 70, 3)], None, "unit_sphere", torch.device("cpu"))]

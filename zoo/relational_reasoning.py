@@ -1,4 +1,4 @@
-"""Relational reasoning (Patacchiola & Storkey, NeurIPS 2020): an encoder learns without labels whether two views are of one image."""
+"""Relational reasoning (Patacchiola & Storkey, NeurIPS 2020): without labels, an encoder learns which views are of one image."""
 
 import math
 from collections.abc import Sequence
@@ -18,36 +18,36 @@ from .optimization import configure_optimizer
 
 
 class RelationalReasoning(LightningModule):
-    """Relational reasoning: of pairs of augmented views, a relation head is to say which are of one image and which of two.
+    """Relational reasoning: a relation head learns to tell pairs of views of one image from pairs of views of two images.
 
-    K views of each of M images make K (K - 1) M pairs, half of them positive: two views of an image. A negative pair is a view of
-    an image and one of another, by a roll of the batch (`view_pairs`). With the encoder's features z = g(x), the head r gives the logit
+    K views of each of M images give K (K - 1) M pairs. Half of them are positive, two views of one image; a negative pair is a view of
+    one image and a view of another, found by rolling the batch (`view_pairs`). With the encoder's features z = g(x), the head r gives
+    the logit
 
         r(z_i, z_j) = w . LeakyReLU(BatchNorm(U a(z_i, z_j) + u)) + b,
 
-    where the aggregation a is the concatenation, the sum, the mean, or the maximum of each dimension. The loss is the binary
-    cross-entropy of all pairs, weighted by their difficulty (`relation_loss`). Images of one class that make a negative pair are not
-    spared: the method knows no classes.
+    where the aggregation a is the concatenation, the sum, the mean or the elementwise maximum. The loss is the focal binary
+    cross-entropy of all pairs (`relation_loss`). Two images of the same class can form a negative pair: the method knows no classes.
 
-    The features g(x) are the result, `forward` and `encode` alike; `EncoderClassifier` classifies them. The head remains of use to score
+    Both `forward` and `encode` give the features g(x), which `EncoderClassifier` classifies. After training, the head still scores
     how related two images are: `relation_score`.
 
     Batches are `Batch` with views `(B, K, C, H, W)`, or such views, alone or first in a tuple, where they may be a list of K tensors
-    `(B, C, H, W)`; labels are not looked at. Each process makes pairs of its own images. Logs the loss, and the share of pairs that the
-    head tells rightly, of all, of the positive and of the negative ones. Validation images have no second view, so there is no
-    loss: logged is the share of images whose nearest other image, by the features, has their class. By it the best checkpoint is kept.
+    `(B, C, H, W)`; labels are ignored. Each process forms pairs of its own images. Logs the loss, and the head's accuracy on all, on the
+    positive and on the negative pairs. Validation images have a single view, so there is no loss; logged is precision at 1, the
+    share of images whose nearest other image in feature space has the same class. The best checkpoint is chosen by it.
 
     Args:
         backbone: the encoder g: a name or a mapping, see `resolve_backbone`.
         num_views: K; None: as many as the data give.
         aggregation: a: "cat", "sum", "mean" or "max".
         hidden_dim: outputs of the head's first layer.
-        focal_gamma: how much pairs that are told well already count less; 0 is the plain cross-entropy.
+        focal_gamma: exponent of the focal loss: the larger, the less easy pairs count; 0 is the plain cross-entropy.
         in_channels: channels of the images.
         image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
-        image_mean: mean of each channel, by which images were normalised before they get here; `embed` applies it to raw images.
-        image_std: standard deviation of each channel, likewise.
-        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        image_mean: channel means with which the data are normalised; `embed` applies them to raw images.
+        image_std: channel standard deviations, likewise.
+        pretrained: start from timm's weights. The setting is not saved, so loading a checkpoint never downloads anything.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
@@ -61,11 +61,11 @@ class RelationalReasoning(LightningModule):
 
     Source:
         Patacchiola & Storkey, "Self-Supervised Relational Reasoning for Representation Learning", NeurIPS 2020. Learning rate, head
-        and negative pairs are those of the published code, which also takes a batch of one image, whose positive pairs it calls
-        negative; here that is an error.
+        and negative pairs are those of the published code. That code also accepts a batch of one image, whose positive pairs it
+        labels negative; here such a batch is an error.
     """
 
-    checkpoint_monitor = "val/precision_at_1"  # by which the command line keeps the best checkpoint
+    checkpoint_monitor = "val/precision_at_1"  # the command line keeps the best checkpoint by it
     prefers_bf16 = True  # convolutions dominate: the command line takes bf16-mixed where the processor gains by it
 
     def __init__(
@@ -104,7 +104,7 @@ class RelationalReasoning(LightningModule):
         self.test_precision = PrecisionAtOne()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images `(B, C, H, W)` -> features `(B, D)`, between which the head finds relations."""
+        """Images `(B, C, H, W)` -> features `(B, D)`, which the head compares."""
         return self.encode(images)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -112,16 +112,16 @@ class RelationalReasoning(LightningModule):
         return self.image_input.encode(self.backbone, images)
 
     def relate(self, first: Tensor, second: Tensor) -> Tensor:
-        """Logits `(P,)` of pairs of features `(P, D)`, the mean of both orders: whether a is of one image with b has none.
+        """Logits `(P,)` of pairs of features `(P, D)`, averaged over both orders, because being of one image is symmetric.
 
-        The head on a concatenation gives another logit for (b, a), though in training either image of a pair comes first equally often.
+        On a concatenation, the head gives (a, b) and (b, a) different logits, although in training either comes first equally often.
         """
         logits = self.relation(first, second)
         return (logits + self.relation(second, first)) / 2 if self.relation.aggregation == "cat" else logits
 
     @torch.no_grad()
     def embed(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Features of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+        """Features of raw images, which are resized, normalised as in training and encoded in evaluation mode.
 
         Args:
             images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
@@ -130,7 +130,7 @@ class RelationalReasoning(LightningModule):
             `(B, D)` float32, on the model's device.
 
         Raises:
-            ValueError: if an image has another shape, type or range, or there is none.
+            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
 
         Example:
             >>> model.embed(torchvision.io.decode_image("cat.png")).shape
@@ -143,17 +143,17 @@ class RelationalReasoning(LightningModule):
 
     @torch.no_grad()
     def relation_score(self, first: Tensor | Sequence[Tensor], second: Tensor | Sequence[Tensor]) -> Tensor:
-        """How sure the head is that images belong together, pair by pair: sigmoid of `relate`, the same for (a, b) and (b, a).
+        """How related images are, pair by pair: the sigmoid of `relate`, the same for (a, b) and (b, a).
 
         Args:
             first: images as `embed` takes them.
-            second: as many, or one for all of the others.
+            second: as many images, or one to compare with all of the others.
 
         Returns:
             `(B,)` float32 in [0, 1], on the model's device; 1 is related.
 
         Raises:
-            ValueError: if there are more of one than of the other, or `embed` refuses an image.
+            ValueError: if the numbers of images differ and neither is 1, or `embed` refuses an image.
 
         Example:
             >>> model.relation_score(images, images[0]).argsort(descending=True)  # those that are most like the first one
@@ -172,7 +172,7 @@ class RelationalReasoning(LightningModule):
 
     @property
     def collapsed_loss(self) -> float:
-        """The loss if all features were the same, and the head could but say that each pair is as likely positive as negative."""
+        """What the loss would be if all features were equal, so that the head could only give every pair the probability 1/2."""
         return math.log(2) * 0.5 ** (self.focal_gamma + 1) if self.focal_gamma else math.log(2)
 
     def on_fit_start(self) -> None:

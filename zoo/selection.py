@@ -28,7 +28,7 @@ def select_samples(
     names: Sequence[str] = (),
     progress: bool = False,
 ) -> Selection:
-    """Leave out the samples that the production model knows, and rank the others by the use of a label.
+    """Leave out the samples that the production model knows, and rank the others by how useful a label would be.
 
     Each of M models gives logits for the sample and for V - 1 views of it; their weighted mean, before the softmax, is the ensemble's
     prediction, see `fuse`. The production model predicts the sample as it is, as it does in production. `select` compares the two and
@@ -39,14 +39,14 @@ def select_samples(
 
     Args:
         production: a classifier whose `forward` gives logits `(B, C)`.
-        models: M others. Where all say `class_names`, they must be the same; another order is put in that of the production model.
+        models: M others. Where all have `class_names`, they must be the same names, in any order.
         data: a DataModule, whose training samples are taken, labelled or not; or an iterable of batches, raw images or clouds as
             `predict` takes them. Raw samples and stored images are prepared by each model as its own training wants it.
         views: a preset, or functions inputs -> inputs, see `TestTimeViews`; the sample itself always comes besides.
         weights: of the models, M numbers; None weighs all alike.
-        threshold: which probability both must reach to leave a sample out, in [0, 1].
+        threshold: the probability that both must reach for a sample to be left out, in [0, 1].
         rank: "disagreement", "entropy" or "margin", see `select`.
-        names: what messages call the production model and the models.
+        names: of the production model and the models, for messages.
         progress: show a bar on standard error.
 
     Returns:
@@ -136,14 +136,14 @@ def _inputs(data: Any) -> Iterator[Callable[[Any], list[Tensor]]]:
 
 
 def _take(model: Any, data: Any, batch: Any) -> list[Tensor]:
-    """Stored images as the model prepares raw ones, because its moments may be others than those of the data; else what the data make."""
+    """Stored images as the model prepares raw ones, since its mean and deviation may differ from the data's; else what the data make."""
     if getattr(model, "image_input", None) is not None and batch.input.dtype == torch.uint8:
         return _prepare(model, batch.input)
     return [data.transform(move_data_to_device(batch, _device(model))).input]
 
 
 def _prepare(model: Any, inputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """Raw inputs as the model's `predict` prepares them; those of a model that prepares none as they are."""
+    """Raw inputs as the model's `predict` prepares them, or as they are if it prepares none."""
     return prepare_raw(inputs, getattr(model, "image_input", None), getattr(model, "normalization", None), _device(model))
 
 

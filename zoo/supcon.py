@@ -1,4 +1,4 @@
-"""Supervised contrastive learning (Khosla et al., NeurIPS 2020), first stage: an encoder learns to draw classes together and apart."""
+"""Supervised contrastive learning (Khosla et al., NeurIPS 2020), first stage: an encoder learns features that group by class."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -24,44 +24,44 @@ from .optimization import WarmupCosineLR, configure_optimizer
 
 
 class SupConEncoder(LightningModule):
-    """Supervised contrastive learning: views of images of one class are drawn together, all others apart.
+    """Supervised contrastive learning: pulls views of images of one class together and pushes all others apart.
 
-    With encoder g and projection head h of two layers, z = normalise(h(g(x))) of every view x of the batch, and the mean over anchors i
-    with positives P(i), the other views of its class, of
+    With encoder g and a projection head h of two layers, z = normalise(h(g(x))) for every view x of the batch. The loss is the mean
+    over anchors i with positives P(i), the other views of the same class, of
 
         l_i = log sum_{j != i} exp(z_i . z_j / t) - mean_{p in P(i)} z_i . z_p / t,
 
-    over the views of all processes (`supcon_loss`). Without supervision, P(i) are the other views of the image: SimCLR. Then the
-    projection head has done its work: `EncoderClassifier` classifies the features g(x) of the encoder.
+    where j runs over the views of all processes (`supcon_loss`). Without supervision, P(i) are the other views of the same image:
+    SimCLR. After training, the projection head is no longer needed: `EncoderClassifier` classifies the encoder's features g(x).
 
-    - MixUp and CutMix make soft labels: views are positives as far as their labels agree.
-    - `queue_size` Q > 0 remembers the embeddings of the last Q views as further positives and negatives, the same in all
-      processes and part of a checkpoint.
-    - `chunk_size` computes the loss of the whole batch in the memory of a part of it: views are encoded in chunks without keeping
-      activations, and again, one chunk at a time, for the gradient. It is that of the whole batch; BatchNorm takes its statistics in
-      each chunk, and counts each image once. Costs another forward pass.
+    - MixUp and CutMix make labels soft: views are positives to the degree that their labels agree.
+    - `queue_size` Q > 0 keeps the embeddings of the last Q views as further positives and negatives. The queue is identical in all
+      processes and part of the checkpoint.
+    - `chunk_size` computes the loss of a large batch in the memory of a small one: views are encoded in chunks, whose activations are
+      not kept but recomputed, one chunk at a time, for the gradient. The gradient is that of the whole batch, but BatchNorm normalises
+      by the statistics of each chunk; its running statistics see each image once. Costs another forward pass.
 
-    Batches are `Batch`, `(images, label)` or `([images, images, ...], label)`, one item a view; images `(B, C, H, W)` or views `(B,
-    V, C, H, W)`, of which evaluation takes the first. A label of -1 leaves the image out. Logs the loss, and of validation the share of
-    images whose nearest other image, by the features of the encoder, has their class: by it the best checkpoint is kept.
+    Batches are `Batch`, `(images, label)` or `([images, images, ...], label)` with one item per view; images `(B, C, H, W)` or views
+    `(B, V, C, H, W)`, of which evaluation uses the first. Images labelled -1 are ignored. Logs the loss, and in validation precision
+    at 1: the share of images whose nearest other image in feature space has the same class. The best checkpoint is chosen by it.
 
     Args:
-        num_classes: number of classes, for MixUp and CutMix only.
+        num_classes: number of classes; needed for MixUp and CutMix only.
         backbone: the encoder g: a name or a mapping, see `resolve_backbone`.
         embedding_dim: dimensions of z.
         hidden_dim: width of the hidden layer of the projection head; None: that of the features.
         temperature: t; 0.5 is usual for SimCLR.
-        supervised: whether positives are the views of a class, or else of an image only.
-        mode: "all" views are anchors, or "one", the first of each image.
+        supervised: whether the positives of a view are the views of its class; False: only those of its image.
+        mode: "all" takes every view as an anchor, "one" the first view of each image.
         mixup: parameter of MixUp's Beta distribution; 0 is off.
         cutmix: parameter of CutMix's Beta distribution; 0 is off.
         queue_size: Q; 0 is off.
-        chunk_size: views encoded at a time, for the memory; None: all.
+        chunk_size: views encoded at a time, to save memory; None: all.
         in_channels: channels of the images.
         image_size: height and width of the images; up to 64, convolutional encoders get their small-image stem. None: any.
-        image_mean: mean of each channel, by which images were normalised before they get here; `embed` applies it to raw images.
-        image_std: standard deviation of each channel, likewise.
-        pretrained: start from timm's weights. It is not kept: a checkpoint never asks for a download.
+        image_mean: channel means with which the data are normalised; `embed` applies them to raw images.
+        image_std: channel standard deviations, likewise.
+        pretrained: start from timm's weights. The setting is not saved, so loading a checkpoint never downloads anything.
         optimizer: parameters -> optimizer.
         lr_scheduler: optimizer -> scheduler, or None.
 
@@ -80,7 +80,7 @@ class SupConEncoder(LightningModule):
         (chunks).
     """
 
-    checkpoint_monitor = "val/precision_at_1"  # by which the command line keeps the best checkpoint
+    checkpoint_monitor = "val/precision_at_1"  # the command line keeps the best checkpoint by it
     prefers_bf16 = True  # convolutions dominate: the command line takes bf16-mixed where the processor gains by it
 
     def __init__(
@@ -142,17 +142,17 @@ class SupConEncoder(LightningModule):
 
     @torch.no_grad()
     def embed(self, images: Tensor | Sequence[Tensor], features: Literal["encode", "forward"] = "encode") -> Tensor:
-        """Features of raw images: brings them to size, normalises them as in training and runs in evaluation mode.
+        """Features of raw images, which are resized, normalised as in training and encoded in evaluation mode.
 
         Args:
             images: `(B, C, H, W)`, one image `(C, H, W)`, or a sequence of images of different sizes; uint8, or float in [0, 1].
-            features: "encode" for those of the encoder, by which neighbours are better, or "forward" for the embeddings.
+            features: "encode" for the encoder's features, which give better neighbours, or "forward" for the embeddings z.
 
         Returns:
             `(B, D)` or `(B, embedding_dim)` float32, on the model's device.
 
         Raises:
-            ValueError: if an image has another shape, type or range, or there is none.
+            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
 
         Example:
             >>> model.embed(torchvision.io.decode_image("cat.png")).shape
@@ -167,7 +167,7 @@ class SupConEncoder(LightningModule):
 
     @property
     def collapsed_loss(self) -> Tensor | None:
-        """The loss of the last step if all embeddings were the same, log(R - 1) for R labelled rows; None before the first step."""
+        """The loss of the last step if all embeddings were equal, log(R - 1) for R labelled rows; None before the first step."""
         return None if self._rows is None else (self._rows - 1).clamp_min(1).log()
 
     def on_fit_start(self) -> None:
@@ -250,14 +250,14 @@ class SupConEncoder(LightningModule):
 
 @torch.compiler.disable  # contexts of a checkpoint are unknown to it
 def _recomputed(module: nn.Module, chunks: Sequence[Tensor]) -> Tensor:
-    """Module of all chunks, whose activations are computed anew, one chunk at a time, for the gradient."""
+    """The module's output for all chunks; activations are recomputed, one chunk at a time, for the gradient."""
     contexts = lambda: (nullcontext(), _kept_statistics(module))  # of the first pass, and of the one for the gradient
     return torch.cat([checkpoint(module, chunk, use_reentrant=False, context_fn=contexts) for chunk in chunks])
 
 
 @contextmanager
 def _kept_statistics(module: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm takes its statistics from the batch, but does not count it once more."""
+    """Inside, BatchNorm normalises by the statistics of the batch, but does not update its running ones again."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:

@@ -1,4 +1,4 @@
-"""WGAN-GP (Gulrajani et al., NeurIPS 2017): a generator learns images from a critic that estimates the Wasserstein distance."""
+"""WGAN-GP (Gulrajani et al., NeurIPS 2017): a generator of images is trained against a critic that estimates the Wasserstein distance."""
 
 from contextlib import nullcontext
 from itertools import pairwise
@@ -27,7 +27,7 @@ class Generator(nn.Module):
         latent_dim: dimensions of the noise.
         image_size: of the images, see `WGAN`.
         channels: of the images.
-        width: channels at full size; twice as many at each half of it.
+        width: channels at full resolution; they double at each halving.
 
     Example:
         >>> Generator(64, 32, 3, 16)(torch.randn(2, 64)).shape
@@ -53,12 +53,12 @@ class Generator(nn.Module):
 class Critic(nn.Module):
     """Images to scores: 3 x 3 convolutions with LeakyReLU, down by factors of 2, then a linear layer.
 
-    There is no normalisation: over a batch it would tie the samples together, and the penalty is on each sample's own gradient.
+    There is no BatchNorm: it would make scores depend on the other samples, but the penalty is on each sample's own gradient.
 
     Args:
         image_size: of the images, see `WGAN`.
         channels: of the images.
-        width: channels at full size; twice as many at each half of it.
+        width: channels at full resolution; they double at each halving.
 
     Example:
         >>> Critic(32, 3, 16)(torch.randn(2, 3, 32, 32)).shape
@@ -69,7 +69,7 @@ class Critic(nn.Module):
         super().__init__()
         start, halvings = _halvings(image_size)
         widths = [width * 2**level for level in range(halvings + 1)]
-        # Not in place: the second derivative wants the values before.
+        # Not in place: the second derivative needs the values before.
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 3, padding=1), nn.LeakyReLU(0.2)]
         for narrow, wide in pairwise(widths):
             layers += [nn.Conv2d(narrow, wide, 3, stride=2, padding=1), nn.LeakyReLU(0.2)]
@@ -81,24 +81,24 @@ class Critic(nn.Module):
 
 
 class WGAN(LightningModule):
-    """Wasserstein GAN with gradient penalty: a generator g of images, and a critic f, which is to tell them from real ones.
+    """Wasserstein GAN with gradient penalty: a generator g of images, and a critic f that tells them from real ones.
 
     The critic minimises mean f(g(z)) - mean f(x) + penalty mean (||grad f||_2 - 1)^2, with the gradients at random points between real and
     generated images; the generator minimises -mean f(g(z)), z ~ N(0, I). Every training batch is a step of the critic, every
     n_critic-th also one of the generator. All randomness comes from the samples' keys, or without them from the seed, the epoch and the
     batch, so a resumed run repeats the uninterrupted one.
 
-    mean f(x) - mean f(g(z)) is the critic's estimate of the Wasserstein distance, up to a factor and short of it by what the critic
-    has still to learn. It is logged of the training batches and of the validation images; a gap between the two shows a critic that knows
-    its training images by heart. That it falls goes with better images, but it is no score by which to choose among checkpoints, since
-    every epoch has another critic: the last checkpoint counts. Also logged are both losses and the mean norm of the gradients, near 1
-    if the penalty works.
+    mean f(x) - mean f(g(z)) is the critic's estimate of the Wasserstein distance, up to a factor, and too low as long as the critic is
+    not optimal. It is logged for training batches and validation images; a gap between the two shows that the critic has memorised its
+    training images. A falling estimate goes with better images, but it cannot rank checkpoints, since every epoch has a different
+    critic: use the last checkpoint. Also logged are both losses and the mean norm of the gradients, which is near 1 if the penalty
+    works.
 
     Batches are `Batch`, images `(B, C, S, S)`, or such images first in a tuple; views `(B, V, C, S, S)` are images of their own. Labels
-    are not looked at. The images are normalised by `image_mean` and `image_std`, and so are those of `forward`; `sample` gives raw ones.
+    are ignored. The images are normalised by `image_mean` and `image_std`, as are those of `forward`; `sample` gives raw ones.
 
-    It steps its optimisers by hand. `trainer.global_step` and `max_steps` count the steps of both, (1 + 1 / n_critic) a batch. In several
-    processes, gradients are averaged over them, under `strategy: ddp`; BatchNorm is local.
+    Optimisation is manual: `trainer.global_step` and `max_steps` count the steps of both optimisers, on average 1 + 1 / n_critic per
+    batch. Under `strategy: ddp`, gradients are averaged over the processes; BatchNorm is local.
 
     Args:
         latent_dim: dimensions of z.
@@ -108,8 +108,8 @@ class WGAN(LightningModule):
         critic_width: channels of the critic at full size.
         n_critic: steps of the critic for each of the generator.
         penalty: weight of the gradient penalty.
-        image_mean: mean of each channel, by which images were normalised before they get here.
-        image_std: standard deviation of each channel, likewise.
+        image_mean: channel means with which the data are normalised.
+        image_std: channel standard deviations, likewise.
         generator_optimizer: parameters of the generator -> optimizer.
         critic_optimizer: parameters of the critic -> optimizer.
 
@@ -122,7 +122,7 @@ class WGAN(LightningModule):
 
     Source:
         Gulrajani et al., "Improved Training of Wasserstein GANs", NeurIPS 2017, algorithm 1; Arjovsky, Chintala & Bottou,
-        "Wasserstein Generative Adversarial Networks", ICML 2017. The networks are plain convolutional ones of our own.
+        "Wasserstein Generative Adversarial Networks", ICML 2017. The networks are plain convolutional ones, not those of the papers.
     """
 
     checkpoint_monitor = None  # nothing that is logged says which epoch is best
@@ -172,7 +172,7 @@ class WGAN(LightningModule):
 
     @torch.no_grad()
     def sample(self, number: int, seed: int = 0) -> Tensor:
-        """Generate images, in evaluation mode; the first ones of a seed are the same for every number.
+        """Generate images in evaluation mode; with one seed, the first images do not depend on their number.
 
         Args:
             number: B.
@@ -206,7 +206,7 @@ class WGAN(LightningModule):
             loss = distance + self.penalty * norm_penalty(norms)
             self._step(critic_optimizer, self.critic, loss)
         logged = {"wasserstein": -distance.detach(), "critic_loss": loss.detach(), "gradient_norm": norms.detach().mean()}
-        # Counted over the epochs, or those of few batches would never train the generator.
+        # Counted across epochs, or epochs of fewer than n_critic batches would never train the generator.
         if (self.trainer.fit_loop.total_batch_idx + 1) % self.n_critic == 0:
             with self.toggled_optimizer(generator_optimizer):
                 loss = generator_loss(self.critic(self(self._latent(fold_in(key, _GENERATOR)))))
@@ -270,7 +270,7 @@ class WGAN(LightningModule):
 
 
 def _halvings(image_size: int) -> tuple[int, int]:
-    """The smallest map from 4 pixels on that gives the image by doublings, and how many of them."""
+    """The size of the smallest map, 4 to 7 pixels, that doublings take to the image's, and the number of doublings."""
     start, halvings = image_size, 0
     while start % 2 == 0 and start >= 8:
         start, halvings = start // 2, halvings + 1

@@ -168,7 +168,7 @@ def test_nothing_to_average_is_told(number: int, tmp_path: Path) -> None:
     assert callback.average_path is None
     with pytest.raises(ValueError, match="batch_norm_batches must be at least 1"):
         CheckpointAverage(batch_norm_batches=0)
-    with pytest.raises(TypeError, match="gone through once only"):
+    with pytest.raises(TypeError, match="iterated over only once"):
         CheckpointAverage(iter([]))
 
 

@@ -364,7 +364,7 @@ def test_mistakes(tmp_path: Path) -> None:
 
     train = Loader(batches(0))
     for callback in (KNNMonitor, NeighbourGallery):
-        with pytest.raises(TypeError, match="gone through once only"):
+        with pytest.raises(TypeError, match="iterated over only once"):
             callback(reference_loader=once())
         with pytest.raises(MisconfigurationException, match=f"{callback.__name__} has no training samples to compare with: give it"):
             make_trainer(tmp_path, callback()).fit(Net(), train, Loader(batches(9, 2)))

@@ -403,7 +403,7 @@ def test_failing_pass_leaves_the_weights_of_the_training(tmp_path: Path) -> None
 
 
 def test_loaders_and_modules_that_give_no_statistics(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="can be gone through once only"):
+    with pytest.raises(TypeError, match="can be iterated over only once"):
         SWA(reference_loader=iter(batches(0)))
     with pytest.raises(MisconfigurationException, match="got no batch to estimate"):
         make_trainer(tmp_path, SWA(0, reference_loader=[])).fit(Net(norm=True), *loaders())

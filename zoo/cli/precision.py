@@ -1,4 +1,4 @@
-"""Which precision a model that gains from bfloat16 is trained in, where nobody says."""
+"""The default precision of the models that gain from bfloat16."""
 
 from pathlib import Path
 

@@ -117,7 +117,7 @@ def predict(argv: list[str]) -> int:
     parser.add_argument("--up-axis", choices=get_args(UpAxis), help="the axis of the shapes that points up (default: y)")
     parser.add_argument("--votes", type=int, help="views of each cloud whose probabilities are averaged (default: 1)")
     parser.add_argument("--vote-by", choices=get_args(VoteBy), help="turn the views about the up axis, or give them subsets (default: yaw)")
-    parser.add_argument("--ood-score", action="store_true", help="also say how strange each sample is to the training data")
+    parser.add_argument("--ood-score", action="store_true", help="also give each sample's out-of-distribution score")
     arguments = parser.parse_args(argv)
     for option in ("top", "batch_size", "points", "votes"):
         if getattr(arguments, option) is not None and getattr(arguments, option) < 1:

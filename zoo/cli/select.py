@@ -109,7 +109,7 @@ def select(arguments: list[str]) -> int:
     """
     parser = Parser(
         prog="litzoo select",
-        description="Find the samples worth a label: those that an ensemble and the production model are not both sure of.",
+        description="Find the samples worth labelling: those of whose class an ensemble and the production model are not both sure.",
     )
     parser.add_argument(
         "sources", metavar="SOURCE", nargs="*", type=Path, default=[], help="files or folders, as `litzoo predict` takes them"

@@ -1,4 +1,4 @@
-"""`litzoo show`: pictures of data, of what augmentation makes of them, of what a model makes of them, and of what decides its answer."""
+"""`litzoo show`: pictures of data, of their augmented views, of a model's features, and of the points that decide its prediction."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 _SUBJECTS = {
     "data": "class frequencies, and a sheet of samples",
-    "views": "training samples beside what augmentation makes of them",
-    "critical": "the points of clouds that decide what a PointNet says",
+    "views": "training samples beside their augmented views",
+    "critical": "the points of clouds that decide a PointNet's prediction",
     "embedding": "maps of the features that a model gives to samples",
 }
 _USAGE = {

@@ -1,4 +1,4 @@
-"""`litzoo show critical`: which points of a cloud decide what a PointNet says, as pictures, an interactive page and PLY files."""
+"""`litzoo show critical`: the points of a cloud that decide a PointNet's prediction, as pictures, an interactive page and PLY files."""
 
 import itertools
 import sys

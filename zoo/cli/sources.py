@@ -1,4 +1,4 @@
-"""What `litzoo predict` and `litzoo select` read: pictures, meshes and point clouds in files and folders, some at a time."""
+"""What `litzoo predict` and `litzoo select` read: pictures, meshes and point clouds in files and folders, in batches."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,7 +37,7 @@ _THUMBNAIL = 256
 
 
 class Samples(NamedTuple):
-    """Some samples that go through a model together.
+    """A batch of samples.
 
     Attributes:
         places: file and number in it of each sample.

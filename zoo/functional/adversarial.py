@@ -15,7 +15,7 @@ _REAL, _FAKE, _FLIP = 1, 2, 3
 def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
     """What a Wasserstein critic minimises, mean f(fake) - mean f(real): minus its estimate of the distance of both distributions.
 
-    The estimate means something only while f is held to be Lipschitz, as by `gradient_penalty`. Computed in float32 or above.
+    The estimate is meaningful only if f is kept Lipschitz, as by `gradient_penalty`. Computed in float32 or above.
 
     Args:
         real: scores f(x) of real samples, of any shape, float.
@@ -104,14 +104,15 @@ def gradient_penalty(
     target: float = 1.0,
     one_sided: bool = False,
 ) -> Tensor:
-    """How far the critic's gradients are from norm 1: mean (||grad f(x)||_2 - target)^2, x as in `interpolated_gradient_norms`.
+    """Penalty on gradients of the critic whose norm is not the target: mean (||grad f(x)||_2 - target)^2, at the points x of
+    `interpolated_gradient_norms`.
 
     Args:
         critic: f, samples -> scores, one a sample; no BatchNorm.
         real: `(B, ...)` float.
         fake: `(B, ...)` float, of the same shape.
         key: `(B,)` int64, from which the points are drawn; None takes torch's generator.
-        target: the norm to keep to.
+        target: the norm that is not penalised.
         one_sided: penalise larger norms alone: mean max(0, ||grad f(x)||_2 - target)^2.
 
     Returns:
@@ -132,11 +133,11 @@ def gradient_penalty(
 
 
 def norm_penalty(norms: Tensor, target: float = 1.0, one_sided: bool = False) -> Tensor:
-    """The mean of (norm - target)^2, of one-sided penalties of max(0, norm - target)^2: `gradient_penalty` of known norms.
+    """`gradient_penalty` of known norms: the mean of (norm - target)^2, or of max(0, norm - target)^2 if it is one-sided.
 
     Args:
         norms: `(B,)` float.
-        target: the norm to keep to.
+        target: the norm that is not penalised.
         one_sided: penalise larger norms alone.
 
     Returns:

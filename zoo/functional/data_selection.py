@@ -40,8 +40,8 @@ def disagreement(probabilities: Tensor, weights: Tensor | None = None) -> Tensor
 
         D_n = H(sum_k w_k p_kn) - sum_k w_k H(p_kn),  H(p) = -sum_c p_c log p_c,  sum_k w_k = 1
 
-    It is the mean Kullback-Leibler divergence of the members from their mean, and the mutual information of the class and the member
-    that is asked: 0 where all say the same, however unsure, and log K where K of equal weight are each sure of a class of their own.
+    It is the mean Kullback-Leibler divergence of the members from their mean, and the mutual information between the class and a member
+    drawn at random: 0 where all say the same, however unsure, and log K where K of equal weight are each sure of a class of their own.
 
     Args:
         probabilities: `(K, N, C)`.
@@ -116,7 +116,7 @@ def select(
     threshold: float = 0.95,
     rank: Rank = "disagreement",
 ) -> Selection:
-    """Compare the model in production with an ensemble: leave out what both know, and rank the rest by the use of a label.
+    """Compare the model in production with an ensemble: leave out what both know, and rank the rest by how useful a label would be.
 
     A sample is left out where both predict the same class y and p_production(y) >= t and p_fused(y) >= t. Of the others, the ensemble's
     class is the proposed label, and the most useful ones come first:
@@ -126,7 +126,7 @@ def select(
     - "entropy": H(p_fused), see `entropy`.
     - "margin": 1 - (p_fused,(1) - p_fused,(2)), see `margin`.
 
-    Samples of equal use keep their order.
+    Equally useful samples keep their order.
 
     Args:
         production: `(N, C)` probabilities.
@@ -178,7 +178,7 @@ def select(
 
 
 def rank_queue(left_out: Tensor, usefulness: Tensor) -> Tensor:
-    """Positions of the samples that are not left out, the most useful first, those of equal use in their order.
+    """Positions of the samples that are not left out, the most useful first; equally useful ones keep their order.
 
     Args:
         left_out: `(N,)` bool.

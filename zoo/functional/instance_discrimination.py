@@ -11,7 +11,7 @@ from .nearest_neighbours import Scores
 
 # Numbers worked on at a time: what is gone over several times stays in a CPU's cache; products need many rows to be fast.
 _CACHED, _GATHERED, _PRODUCTS = 1 << 17, 1 << 19, 1 << 23
-# With more rows for each row that is asked for, gathering those rows is faster than all products and a choice.
+# With more rows in the bank for each requested one, gathering those is faster than computing all products and picking.
 _ROWS_PER_CHOICE = 22
 
 _LOG2_E = 1 / math.log(2)
@@ -20,7 +20,7 @@ _LOG2_E = 1 / math.log(2)
 def instance_softmax_loss(features: Tensor, bank: Tensor, index: Tensor, temperature: float = 0.07, scores: Scores = "fp32") -> Tensor:
     """Non-parametric softmax: -log P(i | f), with P(i | f) = exp(v_i . f / t) / sum_j exp(v_j . f / t) over the rows v_j of a bank.
 
-    The bank is a constant. Its rows are gone through once, in blocks, with a running maximum: the `(B, N)` logits
+    The bank is a constant. Its rows are visited once, in blocks, with a running maximum: the `(B, N)` logits
     never exist whole, and the gradient, (sum_j P(j | f) v_j - v_i) / t, is formed on the way.
 
     Args:
@@ -87,8 +87,8 @@ class _InstanceSoftmax(torch.autograd.Function):
 def bank_similarities(features: Tensor, bank: Tensor, rows: Tensor, scores: Scores = "fp32") -> Tensor:
     """Inner products of features with chosen rows of a constant bank.
 
-    Rows of each sample's own are not gathered, B x K x D numbers, but chosen among all products with the bank; where the bank
-    has more than 22 K rows, they are gathered after all, a few samples at a time.
+    If each sample has rows of its own, gathering them would take B x K x D numbers; instead, all products with the bank are computed
+    and the wanted ones picked. If the bank has more than 22 K rows, rows are gathered after all, a few samples at a time.
 
     Args:
         features: `(B, D)`; half precision is computed in float32.

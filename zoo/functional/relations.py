@@ -70,9 +70,9 @@ def _view_pairs(samples: int, views: int, device: torch.device) -> Pairs:
 
 
 def relation_loss(logits: Tensor, target: Tensor, focal_gamma: float = 2.0) -> Tensor:
-    """Focal binary cross-entropy of pairs: pairs that are told well already count little.
+    """Focal binary cross-entropy of pairs, in which easy pairs count little.
 
-    With p the probability that the head gives to what is true, sigmoid(x) of a positive pair and sigmoid(-x) of a negative one, the
+    With p the probability that the head gives to the truth, sigmoid(x) for a positive pair and sigmoid(-x) for a negative one, the
     mean over pairs of
 
         -(1/2) (1 - p)^g log p,
@@ -143,17 +143,17 @@ def relation_head_loss(
 ) -> RelationStep:
     """`relation_loss` of a relation head on all `view_pairs`, where the head begins with a linear layer on a sum or a concatenation.
 
-    Such a layer is h = U a + V b for features a and b, so that it need see every view only once: twice K - 1 views instead of
-    K (K - 1) pairs of each sample. The logit of a pair is
+    Such a layer is h = U a + V b for features a and b, so it needs to see each view only once: 2 (K - 1) views of each sample instead
+    of K (K - 1) pairs. The logit of a pair is
 
         w . LeakyReLU(scale (h - mean) / sqrt(var + eps) + shift) + bias,
 
     with BatchNorm's mean and variance over all pairs, which follow from the views: if s_i is the sum of h over the pairs where view i is
     the first, and t_j over those where j is the second, the sum of h^2 is sum_i (U a_i) s_i + sum_j (V b_j) t_j. So BatchNorm
-    is a scale and a shift of the views, and of a pair remain the sum, LeakyReLU and the product with w, in blocks that are
-    forgotten. The gradient is formed at once, because that of a logit depends on no other logit; there is no second derivative.
+    becomes a scale and a shift of the views, and what remains per pair is the sum, LeakyReLU and the product with w, computed in blocks
+    that are not kept. The gradient is formed at once, because that of a logit depends on no other logit; there is no second derivative.
 
-    Memory is that of the views and a logit a pair; the activations of all pairs are never there together.
+    Memory holds the views and one logit per pair; the activations of all pairs never exist at once.
 
     Args:
         features: `(K, M, D)` of K views of M samples.

@@ -23,7 +23,7 @@ def supcon_loss(
     queue: tuple[Tensor, Tensor] | None = None,
     gather: bool = True,
 ) -> Tensor:
-    """Supervised contrastive loss: an anchor is to tell the rows of its own class, its positives, from all others.
+    """Supervised contrastive loss: an anchor must tell its positives, the other rows of its class, from all other rows.
 
     With rows u = z / |z| and s_ij = u_i . u_j / t, the mean over anchors i that have positives P(i) = {p != i: y_p = y_i} of
 

@@ -215,8 +215,8 @@ def over_views(
     - "logits": 1/V sum_v f(view_v(x)), the log of the geometric mean of the probabilities, up to a constant;
     - a function of the list of outputs, for anything else.
 
-    The first view is the batch as it is; with no others, its output is the result, unchanged. The views go through one by
-    one: in evaluation mode that gives what one large batch would, and needs the memory of one.
+    The first view is the batch as it is; with no others, its output is the result, unchanged. The views are processed one by
+    one: in evaluation mode that gives what one large batch would, in the memory of a single view.
 
     Args:
         function: inputs -> output, such as a network's forward; `(B, C)` logits for "probabilities", `(B,)` or `(B, C)` for "logits".

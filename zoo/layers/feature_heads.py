@@ -1,4 +1,4 @@
-"""Heads on features: logits `(B, C)`, and scores of how strange features are to the training data, the higher the stranger."""
+"""Heads on features: logits `(B, C)` and out-of-distribution scores `(B,)`, higher the less features are like those of training."""
 
 import torch
 import torch.nn.functional as F

@@ -14,9 +14,9 @@ _FEW = 2048
 
 
 class RelationHead(nn.Module):
-    """Linear, BatchNorm, LeakyReLU, Linear on what two features give together: the logit of their being of one image.
+    """Linear, BatchNorm, LeakyReLU, Linear on the aggregate of two features: the logit that both are of one image.
 
-    The two are concatenated (2 D), added, averaged, or of each dimension the larger is taken. Only the concatenation has an order.
+    The two are concatenated (2 D), added, averaged, or combined by the elementwise maximum. Only the concatenation has an order.
 
     Args:
         in_features: D.

@@ -96,7 +96,7 @@ def shape_of(points: np.ndarray) -> np.ndarray:
 def body_of(points: np.ndarray) -> tuple[np.ndarray, float]:
     """Colours of points that fill a body, as if light fell on it, and the distance between neighbours.
 
-    The surface looks away from the middle of a point's neighbours, and is brightest where it looks up.
+    The surface faces away from the mean of a point's neighbours, and is brightest where it faces the light.
 
     Args:
         points: `(N, 3)`.

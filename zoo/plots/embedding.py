@@ -103,7 +103,7 @@ def _check(maps: Sequence[EmbeddingMap], class_names: Sequence[str]) -> None:
 
 @cache
 def class_palette(number: int) -> tuple[str, ...]:
-    """Colours that differ for those who do not see red or green, too: six known ones, then each time the one that differs most from all.
+    """Colours that differ under red-green colour blindness, too: six known ones, then each time the one that differs most from all.
 
     The difference of two colours is their distance in OKLab: the smallest of those with full colour vision (which counts 0.6), with
     protanopia and with deuteranopia. Some dozens of colours can be told apart; beyond them, names must help. After 256 they come again.

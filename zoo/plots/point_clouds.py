@@ -212,7 +212,7 @@ def caption(axes: Axes, text: str) -> None:
 
 @cache
 def part_palette(number: int) -> np.ndarray:
-    """Colours of parts: those of all series, then always the one that differs most from those before, and most of all from the last ones.
+    """Colours of parts: those of `SERIES`, then each time the one that differs most from all before, above all from the last eight.
 
     Args:
         number: of colours.
