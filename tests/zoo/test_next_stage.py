@@ -68,7 +68,7 @@ def test_options_that_hold_for_both_stages(arguments: str, processes: int, expec
 
 
 def test_the_process_of_the_next_stage(started: Started, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    of_one = {"RANK": "0", "TORCHELASTIC_RUN_ID": "1", "SLURM_NTASKS": "2", "LITZOO_RUN": "x", "LITZOO_FIT__NAME": "x"}
+    of_one = {"RANK": "0", "TORCHELASTIC_RUN_ID": "1", "SLURM_NTASKS": "2", "LITZOO_FIT__NAME": "x"}
     shared = {"LITZOO_FIT__DATA__INIT_ARGS__ROOT": "x", "LITZOO_FIT__TRAINER__DEVICES": "1", "CUDA_VISIBLE_DEVICES": "3"}
     for name, value in {**of_one, **shared}.items():
         monkeypatch.setenv(name, value)

@@ -22,8 +22,7 @@ _OWN_DATA = ("augmentation", "views", "batch_size", "compiled", "balanced", "tra
 # By these a process knows that it is one of several.
 _DISTRIBUTED = (
     *("LOCAL_RANK", "GLOBAL_RANK", "RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE"),
-    *("PL_GLOBAL_SEED", "LITZOO_RUN"),
+    *("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "JSM_NAMESPACE_SIZE", "PL_GLOBAL_SEED"),
 )
 _PREFIX = "LITZOO_FIT__"
 

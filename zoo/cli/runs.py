@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from ..files import whole_file
 from . import CommandError
@@ -185,8 +186,41 @@ def run_of(checkpoint: Path) -> Path | None:
     return run if checkpoint.resolve().parent.name == "checkpoints" and run.name.startswith("version_") else None
 
 
-def shared_folder(variable: str, make: Any) -> Path:
-    """Make a folder once for all processes of a run: children started by the launcher read it from the environment."""
-    if variable not in os.environ or "LOCAL_RANK" not in os.environ:
-        os.environ[variable] = str(make())
-    return Path(os.environ[variable])
+def run_loggers(run: Path, resumed: ResumePoint | None = None) -> list[Logger]:
+    """The loggers of a run: its rows as CSV, and TensorBoard's.
+
+    Args:
+        run: the run's folder, which exists.
+        resumed: where to go on, or None for a new run.
+    """
+    step = None if resumed is None else resumed.step
+    return [RunLogger(run, resumed), TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=step)]
+
+
+def job_folder(folder: Path) -> Path | None:
+    """Where a SLURM job that is to be requeued saves its state, which no other job must take for its own; None outside of such a job.
+
+    Args:
+        folder: `ROOT/NAME`.
+
+    Returns:
+        `ROOT/NAME/slurm_JOB`: a job keeps its number when it is requeued.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    return folder / f"slurm_{job}" if job is not None and SLURMEnvironment.detect() else None
+
+
+def requeued_checkpoint(job: Path) -> Path | None:
+    """What a requeued job saved last, or None if it was not requeued.
+
+    Args:
+        job: the job's folder, of `job_folder`.
+    """
+    return max(job.glob("hpc_ckpt_*.ckpt"), key=lambda path: path.stat().st_mtime, default=None)
+
+
+def saved_run(checkpoint: Mapping[str, Any]) -> Path | None:
+    """The folder of the run that wrote a checkpoint, by where it kept its checkpoints; None if that is no run's, or gone."""
+    folders = (state["dirpath"] for state in checkpoint["callbacks"].values() if state.get("dirpath"))
+    runs = (run_of(Path(folder) / "last.ckpt") for folder in folders)
+    return next((run for run in runs if run is not None and run.is_dir()), None)

@@ -19,13 +19,24 @@ from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
 from .next_stage import check_next_stage, run_next_stage
 from .precision import native_precision
-from .runs import ResumePoint, RunLogger, find_checkpoint, read_checkpoint, reserve_run, resume_point, run_of, shared_folder, version_of
+from .runs import (
+    ResumePoint,
+    find_checkpoint,
+    job_folder,
+    read_checkpoint,
+    requeued_checkpoint,
+    reserve_run,
+    resume_point,
+    run_loggers,
+    run_of,
+    saved_run,
+)
 
 # What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
 LINKS = (
@@ -35,6 +46,8 @@ LINKS = (
 )
 # By what the best checkpoint is chosen, where neither the user nor the model says otherwise.
 _MONITOR = "val/loss"
+# Once, and not in every process.
+_say = rank_zero_only(print)
 
 
 class _Parser(LightningArgumentParser):
@@ -58,7 +71,7 @@ class _StopBetweenBatches(Callback):
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("\nlitzoo: stops after this batch; Ctrl-C again stops at once", file=sys.stderr)
+        _say("\nlitzoo: stops after this batch; Ctrl-C again stops at once", file=sys.stderr)
 
     def _stop_if_asked(self, *_: Any) -> None:
         if self._asked:
@@ -72,6 +85,30 @@ class _StopBetweenBatches(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
+
+
+class _SharedRun(Callback):
+    """Tells the other processes, whoever started them, which folder process 0 has made for the run, and gives them its loggers.
+
+    Args:
+        with_loggers: whether the run has those of `run_loggers`.
+        resumed: where their logs go on, or None for a new run.
+    """
+
+    def __init__(self, with_loggers: bool, resumed: ResumePoint | None) -> None:
+        self.folder: Path | None = None
+        self._with_loggers = with_loggers
+        self._resumed = resumed
+
+    def open(self, trainer: Trainer, folder: Path) -> None:
+        self.folder = folder
+        if self._with_loggers:
+            trainer.loggers = run_loggers(folder, self._resumed)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        folder = trainer.strategy.broadcast(self.folder)
+        if self.folder is None and folder is not None:
+            self.open(trainer, folder)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -167,8 +204,12 @@ class LitzooCLI(LightningCLI):
         init_args = settings.model.get("init_args") or {}
         self._given = {name: init_args.get(name) for name in LINKS if self._by_hand(name)}
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
-        wanted = settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        # Lightning would take what any requeued job has left in the root folder for this job's own.
+        self._job = job_folder(self._runs)
+        requeued = None if self._job is None or self.subcommand != "fit" else requeued_checkpoint(self._job)
+        wanted = requeued or settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
         self._checkpoint: Path | None = None
+        self._old_run: Path | None = None
         self._resumed: ResumePoint | None = None
         if self.subcommand == "fit" and settings.then is not None:
             check_next_stage(self.parser, settings.then, sys.argv[1:])
@@ -178,8 +219,9 @@ class LitzooCLI(LightningCLI):
                 raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
             settings.ckpt_path = str(self._checkpoint)
             checkpoint = read_checkpoint(self._checkpoint, to_resume=self.subcommand == "fit")
-            print(f"litzoo: {self.subcommand} from {self._checkpoint}")
-            if self.subcommand == "fit" and wanted == "last":
+            _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
+            self._old_run = saved_run(checkpoint) if wanted == requeued else run_of(self._checkpoint)
+            if self.subcommand == "fit" and wanted in ("last", requeued):
                 self._resumed = resume_point(checkpoint)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
@@ -190,33 +232,32 @@ class LitzooCLI(LightningCLI):
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
             self.model.hparams.pop(name, None)  # LightningCLI adds every link, the model could not be loaded with it
         self._drop_monitor_without_labels()
-        trainer, run = self._get(self.config_init, "trainer"), None
+        trainer = self._get(self.config_init, "trainer")
         if trainer.get("precision") is None and getattr(self.model, "prefers_bf16", False):
             kwargs["precision"] = native_precision(str(trainer.get("accelerator")))
             if kwargs["precision"] is not None:
-                print(f"litzoo: {kwargs['precision']}, which this processor computes in hardware; --trainer.precision 32-true for float32")
-        if self.save_config_callback is not None:
-            run = self._make_run()
-            if trainer.get("logger") in (None, True):
-                kwargs["logger"] = [
-                    RunLogger(run, self._resumed),
-                    TensorBoardLogger(run.parent.parent, run.parent.name, version_of(run), purge_step=self._resumed and self._resumed.step),
-                ]
-        self.trainer_defaults["callbacks"] = [callbacks.StepSeed(), _StopBetweenBatches()]
-        if run is not None and self.subcommand == "fit":
+                _say(f"litzoo: {kwargs['precision']}, which this processor computes in hardware; --trainer.precision 32-true for float32")
+        has_run = self.save_config_callback is not None
+        own_loggers = has_run and trainer.get("logger") in (None, True)
+        if own_loggers:
+            kwargs["logger"] = False  # until there is a folder
+        if self._job is not None:
+            kwargs["default_root_dir"] = str(self._job)
+        if self._resumed is not None and self._old_run is not None:
+            self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(self._old_run.glob('config*.yaml')))}.yaml"}
+        self._shared = _SharedRun(own_loggers, self._resumed)
+        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches()]
+        if has_run and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LearningRateMonitor())
-        # A test keeps to the folder of the checkpoint, or Lightning warns that the run has moved.
-        owner = run if self.subcommand == "fit" or self._checkpoint is None else run_of(self._checkpoint)
-        for checkpoint in (self._get(self.config_init, group) for group in ("checkpoint", "last")):
-            if owner is not None and checkpoint.dirpath is None:
-                checkpoint.dirpath = str((owner / "checkpoints").absolute())
-        self.run_folder = run
-        try:
-            return super().instantiate_trainer(**kwargs)
-        except Exception:
-            if run is not None and not any(run.iterdir()):
-                run.rmdir()
-            raise
+        made = super().instantiate_trainer(**kwargs)
+        if has_run and made.is_global_zero:
+            self._shared.open(made, self._make_run())
+            # A test keeps to the folder of the checkpoint, or Lightning warns that the run has moved.
+            owner = self._shared.folder if self.subcommand == "fit" or self._checkpoint is None else self._old_run
+            for checkpoint in (self._get(self.config_init, group) for group in ("checkpoint", "last")):
+                if owner is not None and checkpoint.dirpath is None:
+                    checkpoint.dirpath = str((owner / "checkpoints").absolute())
+        return made
 
     def _drop_monitor_without_labels(self) -> None:
         """What a model without a validation loss is judged by needs the labels of its training images."""
@@ -227,7 +268,7 @@ class LitzooCLI(LightningCLI):
             and counts is not None
             and not any(counts)
         ):
-            print(f"litzoo: the training data have no labels for {best.monitor}: of the checkpoints, the newest counts as the best")
+            _say(f"litzoo: the training data have no labels for {best.monitor}: of the checkpoints, the newest counts as the best")
             best.monitor = None
 
     def _refuse_disagreement(self) -> None:
@@ -240,31 +281,28 @@ class LitzooCLI(LightningCLI):
                 )
 
     def _make_run(self) -> Path:
-        """The folder of this run: a new one, but the checkpoint's own for `--ckpt_path last`."""
-        old = None if self._checkpoint is None else run_of(self._checkpoint)
-        if self._resumed is not None and old is not None:
-            self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(old.glob('config*.yaml')))}.yaml"}
-            return old
-        if self.subcommand == "fit":
-            return shared_folder("LITZOO_RUN", lambda: reserve_run(self._runs))
-        return shared_folder("LITZOO_RUN", lambda: reserve_run(old or self._runs, str(self.subcommand)))
+        """The folder of this run: a new one, but the checkpoint's own for `--ckpt_path last` and a requeued job."""
+        if self.subcommand != "fit":
+            return reserve_run(self._old_run or self._runs, str(self.subcommand))
+        return reserve_run(self._runs) if self._resumed is None or self._old_run is None else self._old_run
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
         except SystemExit:  # how Lightning ends on Ctrl-C
-            if self.run_folder is not None and subcommand == "fit":
-                print("litzoo: stopped; the same command with --ckpt_path last goes on from the last whole epoch", file=sys.stderr)
+            if self._shared.folder is not None and subcommand == "fit":
+                _say("litzoo: stopped; the same command with --ckpt_path last goes on from the last whole epoch", file=sys.stderr)
             raise
         except Exception:
             # A run that was refused before its first step is none; what it logged is its start.
-            if self.run_folder is not None and subcommand == "fit" and self._checkpoint is None and self.trainer.global_step == 0:
-                shutil.rmtree(self.run_folder, ignore_errors=True)
+            unused = subcommand == "fit" and self._checkpoint is None and self.trainer.global_step == 0 and self.trainer.is_global_zero
+            if self._shared.folder is not None and unused:
+                shutil.rmtree(self._shared.folder, ignore_errors=True)
             raise
 
     def before_fit(self) -> None:
-        if self.run_folder is not None and self.trainer.is_global_zero:
-            print(f"litzoo: this run writes to {self.run_folder}")
+        if self._shared.folder is not None and self.trainer.is_global_zero:
+            print(f"litzoo: this run writes to {self._shared.folder}")
 
     def after_fit(self) -> None:
         best = self._get(self.config_init, "checkpoint")
