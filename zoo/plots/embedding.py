@@ -1,23 +1,20 @@
 """Maps of features: samples as points in a plane, coloured by class; as a picture, and as a page to look around in."""
 
 import base64
-import html
 import io
-import json
 import os
 from collections.abc import Sequence
 from functools import cache
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..files import write_file
 from .figures import INK, LINES, MUTED, new_figure, shorten, text_width
-from .images import _rgb
-from .point_clouds import _perceived
+from .images import rgb_pixels
+from .pages import write_page
+from .point_clouds import oklab
 
 # Okabe & Ito's colours, which nearly everybody can tell apart; further ones are chosen to be as different as can be.
 _FIRST = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9")
@@ -124,7 +121,7 @@ def class_palette(number: int) -> tuple[str, ...]:
     """
     levels = np.linspace(0.04, 0.96, 16)
     candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
-    lightness, chroma = _perceived(candidates)[:, 0], np.linalg.norm(_perceived(candidates)[:, 1:], axis=1)
+    lightness, chroma = oklab(candidates)[:, 0], np.linalg.norm(oklab(candidates)[:, 1:], axis=1)
     # Neither pale on white, nor like the ink, nor grey, which stands for no label, nor glaring.
     candidates = candidates[(lightness > 0.34) & (lightness < 0.86) & (chroma > 0.07) & (chroma < 0.2)]
     seen, least = _as_seen(candidates), np.full(len(candidates), np.inf)
@@ -146,7 +143,7 @@ def _as_seen(rgb: np.ndarray) -> np.ndarray:
     """sRGB `(N, 3)` in OKLab `(3, N, 3)`, as people with full colour vision see it, with protanopia and with deuteranopia."""
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     poorer = [(linear @ matrix.T).clip(0, 1) for matrix in (_PROTAN, _DEUTAN)]
-    return np.stack([_perceived(rgb), *(_perceived(np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)) for x in poorer)])
+    return np.stack([oklab(rgb), *(oklab(np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)) for x in poorer)])
 
 
 # The picture
@@ -313,11 +310,7 @@ def write_embedding_html(path: str | os.PathLike[str], maps: Sequence[EmbeddingM
     palette = class_palette(len(class_names))
     classes = [{"name": str(name), "color": color} for name, color in zip(class_names, palette, strict=True)]
     content = {"classes": classes, "noLabel": _NO_LABEL, "maps": objects, "sheets": sheets}
-    # Inside of a script nothing but this can end it, and JSON knows the escape.
-    data = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
-    head, tail = files(__package__).joinpath("embedding.html").read_text(encoding="utf-8").split("{{DATA}}")
-    page = head.replace("{{TITLE}}", html.escape(title)) + data + tail
-    write_file(path, page.encode("utf-8", "backslashreplace"))  # file names need not be text
+    write_page(path, "embedding.html", content, title=title)
 
 
 def _sheet(images: np.ndarray) -> dict[str, Any]:
@@ -329,7 +322,7 @@ def _sheet(images: np.ndarray) -> dict[str, Any]:
     columns = int(np.ceil(number**0.5))
     sheet = Image.new("RGB", (columns * side, -(-number // columns) * side), "white")
     for position, image in enumerate(images):
-        pixels = _rgb(image)
+        pixels = rgb_pixels(image)
         tile = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8))
         tile.thumbnail((side, side))
         row, column = divmod(position, columns)

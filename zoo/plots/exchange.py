@@ -1,17 +1,15 @@
 """Point clouds for other programs: PLY files for mesh viewers, one HTML page for browsers."""
 
 import base64
-import html
-import json
 import os
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..files import write_file
 from .critical_points import body_of, shape_of
+from .pages import write_page
 from .point_clouds import cloud_of
 
 
@@ -85,13 +83,7 @@ def write_html(path: str | os.PathLike[str], scenes: Sequence[Scene], title: str
     """
     if not scenes:
         raise ValueError("a page needs at least one object")
-    data = json.dumps({"objects": [_object(scene) for scene in scenes]}, separators=(",", ":"))
-    # Inside of a script nothing but this can end it, and JSON knows the escape.
-    data = data.replace("<", "\\u003c")
-    page = files(__package__).joinpath("viewer.html").read_text(encoding="utf-8")
-    head, tail = page.split("{{DATA}}")
-    page = head.replace("{{TITLE}}", html.escape(title)) + data + tail
-    write_file(path, page.encode("utf-8", "backslashreplace"))  # file names need not be text
+    write_page(path, "viewer.html", {"objects": [_object(scene) for scene in scenes]}, title=title)
 
 
 def _object(scene: Scene) -> dict[str, Any]:

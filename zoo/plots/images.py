@@ -13,8 +13,22 @@ _GAP = 0.08  # inches between neighbours
 _MARGIN = 0.12
 
 
-def _rgb(image: np.ndarray) -> np.ndarray:
-    """Any picture as `(H, W, 3)`, uint8 or floats in [0, 1]."""
+def rgb_pixels(image: np.ndarray) -> np.ndarray:
+    """An image in three channels, as it can be drawn.
+
+    Args:
+        image: `(H, W, C)` or `(H, W)`, uint8 or floats in [0, 1], with C = 1 or 3.
+
+    Returns:
+        `(H, W, 3)` uint8, or float32 in [0, 1].
+
+    Raises:
+        ValueError: if the image has another shape, type or range.
+
+    Example:
+        >>> rgb_pixels(np.zeros((8, 8), np.uint8)).shape
+        (8, 8, 3)
+    """
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[:, :, None]
@@ -30,9 +44,23 @@ def _rgb(image: np.ndarray) -> np.ndarray:
     return pixels if pixels.shape[2] == 3 else pixels.repeat(3, axis=2)
 
 
-def _draw(figure: Figure, image: np.ndarray, left: float, top: float, side: float) -> Axes:
-    """Put a picture into the middle of a square place, given in inches from the upper left corner."""
-    pixels = _rgb(image)
+def draw_image(figure: Figure, image: np.ndarray, left: float, top: float, side: float) -> Axes:
+    """Put an image into the middle of a square place.
+
+    Args:
+        figure: where to draw.
+        image: as `rgb_pixels` takes it.
+        left: inches from the left edge of the figure to the place.
+        top: inches from its upper edge.
+        side: of the place, in inches.
+
+    Returns:
+        The axes of the image.
+
+    Example:
+        >>> draw_image(new_figure(2, 2, layout=None), np.random.rand(8, 8, 3), 0.5, 0.5, 1.0)
+    """
+    pixels = rgb_pixels(image)
     height, width = pixels.shape[:2]
     scale = side / max(height, width)
     high, wide = height * scale, width * scale
@@ -76,7 +104,7 @@ def plot_images(images: Sequence[np.ndarray] | np.ndarray, titles: Sequence[str]
     for position, (image, name) in enumerate(zip(images, names, strict=True)):
         row, column = divmod(position, columns)
         left, top = _MARGIN + column * pitch, _MARGIN + row * (side + line + _GAP)
-        _draw(figure, image, left + (pitch - _GAP - side) / 2, top + line, side)
+        draw_image(figure, image, left + (pitch - _GAP - side) / 2, top + line, side)
         middle, base = left + (pitch - _GAP) / 2, top + line - 0.05
         figure.text(middle / width, 1 - base / height, name, ha="center", va="bottom", fontsize=_FONT, color=INK)
     return figure
@@ -127,5 +155,5 @@ def plot_views(
         middle = 1 - (top + side / 2) / height
         figure.text((_MARGIN + label - 0.12) / width, middle, name, ha="right", va="center", fontsize=_FONT, color=INK)
         for left, image in zip(lefts, [original, *made], strict=True):
-            _draw(figure, image, left, top, side)
+            draw_image(figure, image, left, top, side)
     return figure

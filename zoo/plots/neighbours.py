@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 
 from .figures import DPI, INK, LINES, MUTED, SERIES, new_figure, shorten, text_width
-from .images import _rgb
+from .images import rgb_pixels
 from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
 
 # Blue and orange, which nearly everybody can tell apart; the broken line tells it to the others, and in print.
@@ -87,7 +87,7 @@ def plot_neighbours(
     figure = new_figure(width, height, layout=None)
 
     figure.text(_MARGIN / width, 1 - _MARGIN / height, title, ha="left", va="top", fontsize=_FONT + 3, color=INK)
-    _draw_legend(figure, width - _MARGIN, _MARGIN + 0.09)
+    draw_legend(figure, width - _MARGIN, _MARGIN + 0.09)
     for left, text in ((_MARGIN, "query"), (first, caption)):
         figure.text(left / width, 1 - (_MARGIN + _HEADER - 0.14) / height, text, ha="left", va="bottom", fontsize=_FONT, color=MUTED)
     for row, (query, name, found) in enumerate(zip(queries, names, neighbours, strict=True)):
@@ -96,9 +96,8 @@ def plot_neighbours(
         _write(figure, _MARGIN, top, shorten(name, _LETTERS), INK, "bold")
         for column, neighbour in enumerate(found):
             left = first + column * pitch
-            color, style = _UNKNOWN if neighbour.same is None else _SAME if neighbour.same else _OTHER
             _draw_sample(figure, neighbour.sample, left, top, side, reach)
-            _draw_frame(figure, left, top, side, color, style)
+            draw_frame(figure, left, top + _LINE, side, side, neighbour.same)
             _write(figure, left, top, shorten(neighbour.name, _LETTERS), INK if neighbour.same else MUTED)
             figure.text(
                 (left + side) / width,
@@ -118,8 +117,22 @@ def _write(figure: Figure, left: float, top: float, text: str, color: str, weigh
     figure.text(left / width, baseline, text, ha="left", va="baseline", fontsize=_FONT, color=color, fontweight=weight)
 
 
-def _place(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
-    """Axes at a place in inches from the upper left corner."""
+def axes_at(figure: Figure, left: float, top: float, wide: float, high: float) -> Axes:
+    """Axes at a place of a figure.
+
+    Args:
+        figure: where to put them.
+        left: inches from the left edge of the figure.
+        top: inches from its upper edge.
+        wide: inches.
+        high: inches.
+
+    Returns:
+        The axes.
+
+    Example:
+        >>> axes_at(new_figure(2, 2, layout=None), 0.5, 0.5, 1.0, 1.0)
+    """
     width, height = figure.get_size_inches()
     return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
@@ -127,18 +140,18 @@ def _place(figure: Figure, left: float, top: float, wide: float, high: float) ->
 def _draw_sample(figure: Figure, sample: np.ndarray, left: float, top: float, side: float, reach: float) -> None:
     top += _LINE
     if np.ndim(sample) == 3:
-        pixels = _rgb(sample)
+        pixels = rgb_pixels(sample)
         scale = side / max(pixels.shape[:2])
         high, wide = pixels.shape[0] * scale, pixels.shape[1] * scale
-        axes = _place(figure, left + (side - wide) / 2, top + (side - high) / 2, wide, high)
+        axes = axes_at(figure, left + (side - wide) / 2, top + (side - high) / 2, wide, high)
         axes.imshow(pixels, aspect="auto", interpolation="nearest" if max(pixels.shape[:2]) <= side * DPI else "antialiased")
     elif np.ndim(sample) == 2:
         points = cloud_of(sample)
-        axes = _place(figure, left, top, side, side)
+        axes = axes_at(figure, left, top, side, side)
         draw_cloud(axes, points, frame_of(points), DEPTH, dot_area(len(points), side))
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.04, 1.04))
     elif np.ndim(sample) == 1 and len(sample):
-        axes = _place(figure, left, top, side, side)
+        axes = axes_at(figure, left, top, side, side)
         axes.axhline(0, color=LINES, linewidth=0.8, zorder=0)
         axes.bar(np.arange(len(sample)), sample, width=0.8, color=DEPTH(0.6))
         axes.set(xlim=(-0.9, len(sample) - 0.1), ylim=(-1.12 * reach, 1.12 * reach))
@@ -147,22 +160,45 @@ def _draw_sample(figure: Figure, sample: np.ndarray, left: float, top: float, si
     axes.set_axis_off()
 
 
-def _draw_frame(figure: Figure, left: float, top: float, side: float, color: str, style: object) -> None:
-    """A frame around the square of a picture."""
-    axes = _place(figure, left, top + _LINE, side, side)
-    axes.set(xlim=(0, 1), ylim=(0, 1))
+def draw_frame(figure: Figure, left: float, top: float, wide: float, high: float, same: bool | None) -> None:
+    """Draw a frame that tells whether samples are of one class.
+
+    Args:
+        figure: where to draw.
+        left: inches from the left edge of the figure to what is framed.
+        top: inches from its upper edge.
+        wide: inches of what is framed.
+        high: inches of what is framed.
+        same: whether they are; None if nobody knows.
+
+    Example:
+        >>> draw_frame(new_figure(2, 2, layout=None), 0.5, 0.5, 1.0, 1.0, same=True)
+    """
+    color, style = _UNKNOWN if same is None else _SAME if same else _OTHER
+    axes = axes_at(figure, left, top, wide, high)
+    axes.set(xlim=(0, wide / high), ylim=(0, 1))
     axes.set_axis_off()
-    rim = FancyBboxPatch((0, 0), 1, 1, boxstyle="round,pad=0.015,rounding_size=0.03", fill=False, linewidth=2.2, edgecolor=color)
+    rim = FancyBboxPatch((0, 0), wide / high, 1, boxstyle="round,pad=0.015,rounding_size=0.03", fill=False, linewidth=2.2, edgecolor=color)
     rim.set(linestyle=style, clip_on=False)
     axes.add_patch(rim)
 
 
-def _draw_legend(figure: Figure, right: float, middle: float) -> None:
+def draw_legend(figure: Figure, right: float, middle: float) -> None:
+    """Say what the frames mean.
+
+    Args:
+        figure: where to draw.
+        right: inches from the left edge of the figure to the end of the legend.
+        middle: inches from the upper edge of the figure to its middle.
+
+    Example:
+        >>> draw_legend(new_figure(3, 1, layout=None), 2.8, 0.5)
+    """
     width, height = figure.get_size_inches()
     for text, (color, style) in (("other class", _OTHER), ("same class", _SAME)):
         figure.text(right / width, 1 - middle / height, text, ha="right", va="center", fontsize=_FONT, color=MUTED)
         right -= text_width([text], _FONT) + 0.08
-        axes = _place(figure, right - 0.28, middle - 0.05, 0.28, 0.1)
+        axes = axes_at(figure, right - 0.28, middle - 0.05, 0.28, 0.1)
         axes.set(xlim=(0, 1), ylim=(0, 1))
         axes.plot([0, 1], [0.5, 0.5], color=color, linestyle=style, linewidth=2.2)
         axes.set_axis_off()

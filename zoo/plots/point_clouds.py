@@ -227,21 +227,32 @@ def part_palette(number: int) -> np.ndarray:
     chosen = [np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)]) for code in SERIES[:number]]
     levels = np.linspace(0.08, 0.92, 15)
     candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
-    places = _perceived(candidates)
+    places = oklab(candidates)
     chroma = np.hypot(places[:, 1], places[:, 2])
     # Neither pale on white, nor like the ink, nor grey, which stands for what has no part, nor glaring.
     usable = (places[:, 0] > 0.38) & (places[:, 0] < 0.84) & (chroma > 0.07) & (chroma < 0.18)
     candidates, places = candidates[usable], places[usable]
     while len(chosen) < number:
-        apart = np.linalg.norm(places[:, None] - _perceived(np.array(chosen))[None], axis=2)
+        apart = np.linalg.norm(places[:, None] - oklab(np.array(chosen))[None], axis=2)
         # Parts of one object mostly have numbers that lie side by side.
         apart[:, -8:] *= 0.6
         chosen.append(candidates[apart.min(axis=1).argmax()])
     return np.array(chosen)
 
 
-def _perceived(rgb: np.ndarray) -> np.ndarray:
-    """sRGB `(..., 3)` as OKLab, where distances are about as large as they look."""
+def oklab(rgb: np.ndarray) -> np.ndarray:
+    """Colours in OKLab, in which distances are about as large as they look.
+
+    Args:
+        rgb: `(..., 3)` sRGB in [0, 1].
+
+    Returns:
+        `(..., 3)`: lightness, and two axes of chroma.
+
+    Example:
+        >>> oklab(np.ones(3)).round(2)
+        array([ 1., -0., -0.])
+    """
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
     cones = linear @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
     return np.cbrt(cones) @ np.array([[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]])

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch
 
 from .figures import INK, MUTED, new_figure, shorten, text_width
-from .images import _draw
-from .neighbours import _OTHER, _SAME, _UNKNOWN, _draw_legend, _place
+from .images import draw_image
+from .neighbours import draw_frame, draw_legend
 
 _FONT = 8
 _SIDE = 0.95  # inches of a picture; more where the names are long
@@ -75,7 +74,7 @@ def plot_relations(sections: Mapping[str, Sequence[RelatedPair]], title: str = "
     figure = new_figure(width, height, layout=None)
 
     figure.text(_MARGIN / width, 1 - _MARGIN / height, title, ha="left", va="top", fontsize=_FONT + 3, color=INK)
-    _draw_legend(figure, width - _MARGIN, _MARGIN + 0.09)
+    draw_legend(figure, width - _MARGIN, _MARGIN + 0.09)
     top = _MARGIN + _TITLE
     for (heading, pairs), lines in zip(sections.items(), rows, strict=True):
         figure.text(_MARGIN / width, 1 - (top + 0.16) / height, heading, ha="left", va="baseline", fontsize=_FONT, color=MUTED)
@@ -91,15 +90,9 @@ def _draw_pair(figure: Figure, pair: RelatedPair, left: float, top: float, side:
     baseline = 1 - (top + _LINE - _RISE) / height
     for place, (image, name) in enumerate(zip((pair.first, pair.second), pair.names, strict=True)):
         start = left + place * (side + _BETWEEN)
-        _draw(figure, image, start, top + _LINE, side)
+        draw_image(figure, image, start, top + _LINE, side)
         color = INK if pair.same else MUTED
         figure.text(start / width, baseline, shorten(name, _LETTERS), ha="left", va="baseline", fontsize=_FONT, color=color)
     wide = 2 * side + _BETWEEN
     figure.text((left + wide) / width, baseline, f"{pair.score:.3f}", ha="right", va="baseline", fontsize=_FONT - 1, color=MUTED)
-    color, style = _UNKNOWN if pair.same is None else _SAME if pair.same else _OTHER
-    axes = _place(figure, left, top + _LINE, wide, side)
-    axes.set(xlim=(0, wide / side), ylim=(0, 1))
-    axes.set_axis_off()
-    rim = FancyBboxPatch((0, 0), wide / side, 1, boxstyle="round,pad=0.015,rounding_size=0.03", fill=False, linewidth=2.2, edgecolor=color)
-    rim.set(linestyle=style, clip_on=False)
-    axes.add_patch(rim)
+    draw_frame(figure, left, top + _LINE, wide, side, pair.same)

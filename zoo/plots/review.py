@@ -1,20 +1,17 @@
 """Labels to review, as one HTML page: pictures with given and proposed labels, to accept or keep."""
 
 import base64
-import html
 import io
-import json
 import os
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from ..files import write_file
 from .figures import new_figure
-from .images import _rgb
+from .images import rgb_pixels
+from .pages import write_page
 from .point_clouds import DEPTH, cloud_of, dot_area, draw_cloud, frame_of
 
 _SIDE = 128  # pixels of a thumbnail, at most
@@ -69,7 +66,7 @@ def image_png(image: np.ndarray, side: int = _SIDE) -> bytes:
     """
     from PIL import Image
 
-    pixels = _rgb(image)
+    pixels = rgb_pixels(image)
     picture = Image.fromarray(pixels if pixels.dtype == np.uint8 else np.rint(255 * pixels).astype(np.uint8))
     picture.thumbnail((side, side))
     content = io.BytesIO()
@@ -165,10 +162,4 @@ def write_review_html(
         picture = None if item.png is None else base64.b64encode(item.png).decode()
         percent = [round(100 * value, 1) for value in (item.given_probability, item.proposed_probability)]
         rows.append({**item._asdict(), "given_probability": percent[0], "proposed_probability": percent[1], "png": picture})
-    # Inside of a script nothing but this can end it, and JSON knows the escape.
-    data = json.dumps({"classes": list(map(str, class_names)), "items": rows}, separators=(",", ":"), allow_nan=False).replace(
-        "<", "\\u003c"
-    )
-    head, tail = files(__package__).joinpath("review.html").read_text(encoding="utf-8").split("{{DATA}}")
-    page = head.replace("{{TITLE}}", html.escape(title)).replace("{{NOTE}}", html.escape(note)) + data + tail
-    write_file(path, page.encode("utf-8", "backslashreplace"))  # file names need not be text
+    write_page(path, "review.html", {"classes": list(map(str, class_names)), "items": rows}, title=title, note=note)

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .figures import INK, LINES, MUTED, SERIES, new_figure, text_width
-from .images import _rgb
+from .images import rgb_pixels
 
 _FONT = 9
 _SIDE = 0.55  # inches of a picture
@@ -64,7 +64,7 @@ def plot_samples(generated: Sequence[np.ndarray] | np.ndarray, real: Sequence[np
 
 def _mosaic(images: Sequence[np.ndarray] | np.ndarray, columns: int, rows: int) -> np.ndarray:
     """Images side by side on white, `(H', W', 3)` uint8; each enlarged without smoothing, so that its pixels show."""
-    pictures = [_rgb(image) for image in images]
+    pictures = [rgb_pixels(image) for image in images]
     shapes = {picture.shape for picture in pictures}
     if len(shapes) > 1:
         raise ValueError(f"the images must have one size, got {', '.join(map(str, sorted(shapes)))}")
