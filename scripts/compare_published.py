@@ -8,7 +8,9 @@ weights, scales and running statistics, is saved as its repository saves it, and
 
     lemniscate     resnet18, resnet50, ... of models/resnet.py; ResNet18, ... of models/resnet_cifar.py
     supcontrast    resnet18, resnet34, resnet50, resnet101, each with /mlp, /linear or /classifier
-    relational     conv4, resnet34, each with /cat, /sum, /mean or /max
+    relational     conv4, resnet8, resnet32, resnet56, resnet34, each with /cat, /sum, /mean or /max
+    pointnet       of yanx27's repository yanx27/classifier, yanx27/parts; of fxia22's fxia22/classifier, fxia22/dense, each also with
+                   /transform, the feature transform
 """
 
 import argparse
@@ -19,6 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -33,11 +36,11 @@ class Published(NamedTuple):
 
     Attributes:
         module: all that has parameters.
-        warm_up: what moves the running statistics, given images in training mode.
+        warm_up: what moves the running statistics, given inputs in training mode.
         checkpoint: makes what the repository gives to torch.save.
-        theirs: outputs for images.
+        theirs: outputs for inputs.
         ours: the same of litzoo's model.
-        size: height and width of the images.
+        shape: of an input: an image, or a cloud of points.
         hparams: what no shape tells.
     """
 
@@ -46,7 +49,7 @@ class Published(NamedTuple):
     checkpoint: Callable[[], dict[str, Any]]
     theirs: Callable[[Tensor], Outputs]
     ours: Callable[[Any, Tensor], Outputs]
-    size: int
+    shape: tuple[int, ...]
     hparams: dict[str, Any]
 
 
@@ -63,7 +66,7 @@ def lemniscate(network: str) -> Published:
         lambda: {nest: _wrapped(module), "lemniscate": bank, "epoch": 200},
         lambda images: {"embedding": module(images)},
         lambda model, images: {"embedding": model(images)},
-        32 if is_cifar else 224,
+        (3, 32, 32) if is_cifar else (3, 224, 224),
         {},
     )
 
@@ -81,7 +84,7 @@ def supcontrast(network: str) -> Published:
         lambda: {"opt": options, "model": _wrapped(module), "optimizer": {"state": {}, "param_groups": []}, "epoch": 1000},
         lambda images: {"features": encoder(images), "output": module(images)},
         lambda model, images: {"features": model.encode(images), "output": model(images)},
-        32,
+        (3, 32, 32),
         {},
     )
 
@@ -119,13 +122,52 @@ def relational(network: str) -> Published:
         },
         pairs,
         our_pairs,
-        96 if name == "resnet34" else 32,
+        (3, 96, 96) if name == "resnet34" else (3, 32, 32),
         {} if aggregation == "cat" else {"aggregation": aggregation},
     )
 
 
-LAYOUTS: dict[str, Callable[[str], Published]] = {"lemniscate": lemniscate, "supcontrast": supcontrast, "relational": relational}
-DEFAULTS = {"lemniscate": "resnet18", "supcontrast": "resnet18/mlp", "relational": "conv4/cat"}
+def pointnet(network: str) -> Published:
+    """yanx27's trainings save the state in a dictionary with scores of numpy, fxia22's the state alone; both give log-probabilities."""
+    owner, kind, *more = network.split("/")
+    by_class = (owner, kind) == ("yanx27", "parts")
+    if owner == "yanx27":
+        code: Any = import_module("pointnet_part_seg" if by_class else "pointnet_cls")
+        module: nn.Module = code.get_model(50 if by_class else 40, normal_channel=False)
+    else:
+        code = import_module("pointnet.model")
+        make = code.PointNetDenseCls if kind == "dense" else code.PointNetCls
+        module = make(k=4 if kind == "dense" else 16, feature_transform=more == ["transform"])
+    label = torch.arange(8)  # as many as there are clouds
+
+    def scores(points: Tensor) -> Tensor:
+        classes = (nn.functional.one_hot(label, 16).to(points.dtype)[:, None],) if by_class else ()
+        return module(points.mT, *classes)[0]
+
+    def our_scores(model: Any, points: Tensor) -> Tensor:
+        logits: Tensor = model(points, label) if by_class else model(points)
+        return (logits.mT if logits.dim() == 3 else logits).log_softmax(dim=-1)
+
+    return Published(
+        module,
+        scores,
+        lambda: (
+            {"model_state_dict": module.state_dict(), "epoch": 7, "class_acc": np.mean([0.5])} if owner == "yanx27" else module.state_dict()
+        ),
+        lambda points: {"log-probabilities": scores(points)},
+        lambda model, points: {"log-probabilities": our_scores(model, points)},
+        (500, 3),
+        {},
+    )
+
+
+LAYOUTS: dict[str, Callable[[str], Published]] = {
+    "lemniscate": lemniscate,
+    "supcontrast": supcontrast,
+    "relational": relational,
+    "pointnet": pointnet,
+}
+DEFAULTS = {"lemniscate": "resnet18", "supcontrast": "resnet18/mlp", "relational": "conv4/cat", "pointnet": "yanx27/classifier"}
 
 
 def compare(layout: Layout, network: str, seed: int = 0) -> tuple[LightningModule, dict[str, tuple[float, float]]]:
@@ -136,11 +178,11 @@ def compare(layout: Layout, network: str, seed: int = 0) -> tuple[LightningModul
         if isinstance(layer, (nn.BatchNorm1d, nn.BatchNorm2d)):
             nn.init.uniform_(layer.weight, 0.5, 1.5)
             nn.init.normal_(layer.bias, std=0.3)
-    images = torch.randn(8, 3, published.size, published.size)
+    inputs = torch.randn(8, *published.shape)
     published.module.train()
     with torch.no_grad():
         for _ in range(3):
-            published.warm_up(torch.randn_like(images) + 0.5)
+            published.warm_up(torch.randn_like(inputs) + 0.5)
     published.module.eval()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,7 +193,7 @@ def compare(layout: Layout, network: str, seed: int = 0) -> tuple[LightningModul
     published.module.double()
     model.double()
     with torch.no_grad():
-        theirs, ours = published.theirs(images.double()), published.ours(model, images.double())
+        theirs, ours = published.theirs(inputs.double()), published.ours(model, inputs.double())
     return model, {name: (float((ours[name] - value).abs().max()), float(value.abs().max())) for name, value in theirs.items()}
 
 
@@ -166,7 +208,8 @@ def main() -> int:
     parser.add_argument("--network", help="which of its networks, see above")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="of each difference, relative to the largest value (default 1e-5)")
     arguments = parser.parse_args()
-    sys.path.insert(0, str(arguments.folder.resolve()))
+    folder = arguments.folder.resolve()
+    sys.path[:0] = [str(folder), str(folder / "models")]  # of yanx27's models, each imports another as if it lay beside all code
     network = arguments.network or DEFAULTS[arguments.layout]
     model, found = compare(arguments.layout, network)
     good = True

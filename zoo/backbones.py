@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ CIFAR_RESNETS = {"resnet8": 8, "resnet20": 20, "resnet32": 32, "resnet56": 56}
 # Depth, and whether the channels share their threshold.
 SHRINKAGE_RESNETS = {"rsnet20_cs": (20, True), "rsnet20_cw": (20, False)}
 _OWN = ("conv4", *CIFAR_RESNETS, *SHRINKAGE_RESNETS)
+Shortcut = Literal["pad", "conv"]  # options A and B of the paper
 _SMALL_IMAGE = 64  # stem "auto" is "small" up to here
 
 # timm's file of a model -> where its stem is, and the poolings that follow. Nets of the same file have the same attributes.
@@ -48,7 +49,8 @@ def resolve_backbone(backbone: str | Mapping[str, Any], in_channels: int = 3, im
     Args:
         backbone: "conv4", "resnet8", "resnet20", "resnet32", "resnet56", "rsnet20_cs", "rsnet20_cw" or a name of
             `timm.list_models()`; or a mapping with that `name` and, each optional, `stem`, `in_channels`, `image_size` and more arguments of
-            `timm.create_model`, such as `drop_path_rate`. Stem "small" is for small images: 3 x 3, stride 1, no pooling;
+            `timm.create_model`, such as `drop_path_rate`. "resnet8", "resnet20", "resnet32" and "resnet56"
+            take a `shortcut`, "pad" (default) or "conv", see `CifarResNet`. Stem "small" is for small images: 3 x 3, stride 1, no pooling;
             "original" is the one of the paper; "auto", the default, is "small" if `image_size` is at most 64 and there is
             a small stem for this model, which is so for ResNet and its kin, ConvNeXt, DenseNet, EfficientNet, MobileNet
             and RegNet.
@@ -86,9 +88,14 @@ def resolve_backbone(backbone: str | Mapping[str, Any], in_channels: int = 3, im
             raise ValueError(f"backbone {name!r} cannot take {key!r}: {_RESERVED[key]}")
 
     if name in _OWN:
+        shortcut = extras.pop("shortcut", "pad") if name in CIFAR_RESNETS else "pad"
+        if shortcut not in ("pad", "conv"):
+            raise ValueError(f"the shortcut of backbone {name!r} must be 'pad' or 'conv', got {shortcut!r}")
         if extras:
             raise ValueError(f"backbone {name!r} takes no further settings, but got {', '.join(map(repr, extras))}")
         has_small, sized = False, False
+        if shortcut != "pad":  # the default is left out, as in older checkpoints
+            extras["shortcut"] = shortcut
     else:
         has_small, sized = _ask_timm(name)
     if stem == "small" and not has_small:
@@ -136,7 +143,7 @@ def create_backbone(description: str | Mapping[str, Any], pretrained: bool = Fal
             raise ValueError(f"there are no pretrained weights of {name!r}: set pretrained to false")
         if name in SHRINKAGE_RESNETS:
             return ShrinkageResNet(*SHRINKAGE_RESNETS[name], in_channels)
-        return Conv4(in_channels) if name == "conv4" else CifarResNet(CIFAR_RESNETS[name], in_channels)
+        return Conv4(in_channels) if name == "conv4" else CifarResNet(CIFAR_RESNETS[name], in_channels, **extras)
 
     import timm
 
@@ -213,9 +220,12 @@ class Conv4(nn.Module):
 
 
 class _BasicBlock(nn.Module):
-    """relu(F(x) + x), F two 3 x 3 convolutions; where F halves the image, x is subsampled and padded with zero channels (option A)."""
+    """relu(F(x) + x), F two 3 x 3 convolutions.
 
-    def __init__(self, narrow: int, wide: int, stride: int) -> None:
+    Where F halves the image, x is subsampled and padded with zero channels (option A) or goes through a 1 x 1 convolution (option B).
+    """
+
+    def __init__(self, narrow: int, wide: int, stride: int, shortcut: Shortcut) -> None:
         super().__init__()
         self.stride = stride
         self.padding = wide - narrow
@@ -223,20 +233,25 @@ class _BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(wide)
         self.conv2 = nn.Conv2d(wide, wide, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(wide)
+        projects = shortcut == "conv" and stride > 1
+        self.shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)) if projects else None
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)), inplace=True)))
-        return F.relu(out + _option_a(x, self.stride, self.padding), inplace=True)
+        shortcut = _option_a(x, self.stride, self.padding) if self.shortcut is None else self.shortcut(x)
+        return F.relu(out + shortcut, inplace=True)
 
 
 class CifarResNet(nn.Module):
     """The ResNets for CIFAR: 6n + 2 layers in three stages of n blocks with 16, 32 and 64 channels, then the global average.
 
-    Shortcuts have no parameters (option A). The depth counts the linear classifier, which is not part of the encoder.
+    The depth counts the linear classifier, which is not part of the encoder.
 
     Args:
         depth: 6n + 2, such as 8, 20, 32 or 56.
         in_channels: channels of the images.
+        shortcut: where a stage halves the image, "pad" subsamples it and pads it with channels of zeros (the paper's option A, without
+            parameters), "conv" takes a 1 x 1 convolution with BatchNorm (option B).
 
     Raises:
         ValueError: if `depth` is not 6n + 2.
@@ -251,7 +266,7 @@ class CifarResNet(nn.Module):
 
     num_features = 64
 
-    def __init__(self, depth: int, in_channels: int = 3) -> None:
+    def __init__(self, depth: int, in_channels: int = 3, shortcut: Shortcut = "pad") -> None:
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ValueError(f"the depth of a CIFAR ResNet is 6n + 2, such as 20, got {depth}")
@@ -259,8 +274,8 @@ class CifarResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(16)
         blocks: list[nn.Module] = []
         for narrow, wide in pairwise((16, 16, 32, 64)):
-            blocks.append(_BasicBlock(narrow, wide, stride=wide // narrow))
-            blocks += [_BasicBlock(wide, wide, stride=1) for _ in range((depth - 2) // 6 - 1)]
+            blocks.append(_BasicBlock(narrow, wide, wide // narrow, shortcut))
+            blocks += [_BasicBlock(wide, wide, 1, shortcut) for _ in range((depth - 2) // 6 - 1)]
         self.blocks = nn.Sequential(*blocks)
         _he_init(self)
 

@@ -15,7 +15,7 @@ def critical_points(model: nn.Module, points: Tensor) -> list[Tensor]:
     """The points of each cloud that decide the model's answer: without all others the logits stay the same.
 
     PointNet sees a cloud only through maxima over its points. A point is critical if it attains one of them, in a channel that is
-    not cut off by its ReLU: C_S = {argmax_i h_k(x_i) : max_i h_k(x_i) > 0}. The maxima inside the T-Nets count as well, because
+    not cut off by its ReLU: C_S = {argmax_i h_k(x_i) : max_i h_k(x_i) > 0}; where no ReLU comes before the maximum, in any channel. The maxima inside the T-Nets count as well, because
     their transforms change with their own winners; so the answer stays the same for every T with C_S <= T <= S, not only with the
     transforms held fixed. Of points that are equal in a channel one is taken. At most 1024 points for each maximum.
 
@@ -39,10 +39,13 @@ def critical_points(model: nn.Module, points: Tensor) -> list[Tensor]:
     Source:
         Qi et al., "PointNet", CVPR 2017, theorem 2 and section 5.3.
     """
-    output = _evaluate(_backbone(model), points)
+    backbone = _backbone(model)
+    output = _evaluate(backbone, points)
+    transforms = [transform.points for transform in (backbone.input_transform, backbone.feature_transform) if transform is not None]
     critical = torch.zeros(points.shape[:2], dtype=torch.bool, device=points.device)
-    for maxima in output.maxima:
-        for cloud, alive, winner in zip(critical, maxima.value > 0, maxima.point, strict=True):
+    for layers, maxima in zip([*transforms, backbone.wide], output.maxima, strict=True):
+        cut = 0.0 if isinstance(layers[-1], nn.ReLU) else -torch.inf
+        for cloud, alive, winner in zip(critical, maxima.value > cut, maxima.point, strict=True):
             cloud[winner[alive]] = True
     critical[~critical.any(dim=1), 0] = True  # every channel is cut off: any point tells as much as all
     return [cloud.nonzero().squeeze(1) for cloud in critical]

@@ -5,7 +5,7 @@ Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classificatio
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,17 @@ from .layers.pointwise import Maxima, PointwiseLayers, max_over_points
 from .optimization import WarmupCosineLR, configure_optimizer
 from .raw_inputs import prepare_raw
 
+# "paper", or "compact" as in the PyTorch implementations that most published weights are of.
+Variant = Literal["paper", "compact"]
 
-def shared_mlp(*widths: int) -> PointwiseLayers:
+
+def shared_mlp(*widths: int, last_relu: bool = True) -> PointwiseLayers:
     """Linear, BatchNorm, ReLU for each step of `widths`, the same for every point: `(B, C, N)` -> `(B, C', N)`."""
     layers: list[nn.Module] = []
     for narrow, wide in pairwise(widths):
         layers += [nn.Conv1d(narrow, wide, 1, bias=False), nn.BatchNorm1d(wide), nn.ReLU(inplace=True)]
+    if not last_relu:
+        layers[-1] = nn.Identity()
     return PointwiseLayers(*layers)
 
 
@@ -95,6 +100,11 @@ class PointNet(nn.Module):
     Args:
         input_transform: align the points by a 3 x 3 T-Net.
         feature_transform: align the 64 features of each point by a 64 x 64 T-Net.
+        variant: "paper" has the widths (64, 64) before the feature transform and (64, 128, 1024) behind it; "compact", as many
+            implementations have it, (64) and (128, 1024), and no ReLU before the maximum.
+
+    Raises:
+        ValueError: if there is no such variant.
 
     Example:
         >>> output = PointNet().eval()(torch.rand(2, 128, 3))
@@ -104,12 +114,14 @@ class PointNet(nn.Module):
 
     num_features = 1024
 
-    def __init__(self, input_transform: bool = True, feature_transform: bool = True) -> None:
+    def __init__(self, input_transform: bool = True, feature_transform: bool = True, variant: Variant = "paper") -> None:
         super().__init__()
+        check_variant(variant)
+        compact = variant == "compact"
         self.input_transform = TNet(3) if input_transform else None
-        self.local = shared_mlp(3, 64, 64)
+        self.local = shared_mlp(3, 64) if compact else shared_mlp(3, 64, 64)
         self.feature_transform = TNet(64) if feature_transform else None
-        self.wide = shared_mlp(64, 64, 128, self.num_features)
+        self.wide = shared_mlp(64, 128, self.num_features, last_relu=False) if compact else shared_mlp(64, 64, 128, self.num_features)
 
     def forward(self, points: Tensor) -> PointNetOutput:
         """Clouds `(B, N, 3)` -> global feature, local features, transforms and maxima."""
@@ -144,6 +156,7 @@ class PointNetClassifier(LightningModule):
         class_counts: training samples of each class; needed for class weights.
         input_transform: align the points by a T-Net.
         feature_transform: align the features by a T-Net.
+        variant: "paper", or "compact" for the smaller feature network of many implementations, see `PointNet`.
         dropout: dropout before the last layer; the paper keeps 0.7, that is 0.3.
         label_smoothing: in [0, 1].
         focal_gamma: focusing exponent of the focal loss; 0 is plain cross entropy.
@@ -175,6 +188,7 @@ class PointNetClassifier(LightningModule):
         class_counts: list[int] | None = None,
         input_transform: bool = True,
         feature_transform: bool = True,
+        variant: Variant = "paper",
         dropout: float = 0.3,
         label_smoothing: float = 0.0,
         focal_gamma: float = 0.0,
@@ -202,7 +216,7 @@ class PointNetClassifier(LightningModule):
         self.votes = votes
         self.vote_by: VoteBy = vote_by
 
-        self.backbone = PointNet(input_transform, feature_transform)
+        self.backbone = PointNet(input_transform, feature_transform, variant)
         self.head = nn.Sequential(mlp(self.backbone.num_features, 512, 256), nn.Dropout(dropout), nn.Linear(256, num_classes))
         # Not persistent: it belongs to the training data, weights files do not need it.
         self.class_weight: Tensor | None
@@ -302,6 +316,12 @@ class PointNetClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def check_variant(variant: str) -> None:
+    """Refuse a variant of the feature network that there is not."""
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant must be 'paper' or 'compact', got {variant!r}")
 
 
 def _check_settings(

@@ -18,7 +18,7 @@ from .functional.points import Normalization, normalize_points
 from .layers.modes import evaluating
 from .layers.segmentation_metrics import PartIoU
 from .optimization import WarmupCosineLR, configure_optimizer
-from .pointnet import PointNet, TNet, shared_mlp
+from .pointnet import PointNet, TNet, Variant, check_variant, shared_mlp
 
 Network = Literal["part", "semantic"]
 
@@ -29,12 +29,12 @@ class SegmentationFeatures(NamedTuple):
     Attributes:
         local: features of each point, several `(B, C_i, N)`.
         feature: `(B, D)`, the global feature.
-        transform: `(B, K, K)`, the feature transform.
+        transform: `(B, K, K)`, the feature transform, or None without that T-Net.
     """
 
     local: list[Tensor]
     feature: Tensor
-    transform: Tensor
+    transform: Tensor | None
 
 
 class SemanticBackbone(PointNet):
@@ -45,32 +45,39 @@ class SemanticBackbone(PointNet):
     def features(self, points: Tensor) -> SegmentationFeatures:
         """Clouds `(B, N, 3)` -> features."""
         output = self(points)
-        assert output.feature_transform is not None
         return SegmentationFeatures([output.local], output.feature, output.feature_transform)
 
 
 class PartBackbone(nn.Module):
-    """A wider network, in which a point is described by the features of every layer (supplement C, figure 9)."""
+    """A wider network, in which a point is described by the features of every layer (supplement C, figure 9).
+
+    Args:
+        feature_transform: align the 128 features of each point by a 128 x 128 T-Net.
+        variant: "paper", or "compact" without the ReLU before the maximum.
+    """
 
     num_features = 2048
     local_widths = (64, 128, 128, 512, 2048)
 
-    def __init__(self) -> None:
+    def __init__(self, feature_transform: bool = True, variant: Variant = "paper") -> None:
         super().__init__()
+        check_variant(variant)
         self.input_transform = TNet(3)
         self.local = nn.ModuleList([shared_mlp(3, 64), shared_mlp(64, 128), shared_mlp(128, 128)])
-        self.feature_transform = TNet(128)
-        self.wide = nn.ModuleList([shared_mlp(128, 512), shared_mlp(512, 2048)])
+        self.feature_transform = TNet(128) if feature_transform else None
+        self.wide = nn.ModuleList([shared_mlp(128, 512), shared_mlp(512, 2048, last_relu=variant == "paper")])
 
     def features(self, points: Tensor) -> SegmentationFeatures:
         """Clouds `(B, N, 3)` -> features."""
         x = (points @ self.input_transform(points.mT)[0]).mT
         local = []
+        transform = None
         for layers in self.local:
             x = layers(x)
             local.append(x)
-        transform = self.feature_transform(x)[0]
-        x = transform.mT @ x
+        if self.feature_transform is not None:
+            transform = self.feature_transform(x)[0]
+            x = transform.mT @ x
         for layers in self.wide:
             x = layers(x)
             local.append(x)
@@ -133,6 +140,9 @@ class PointNetSegmenter(LightningModule):
         part_names: name of each part; kept with the weights.
         network: "part" is the paper's network for part segmentation (supplement C), "semantic" the smaller one of figure 2.
         class_input: whether the object's class is an input.
+        feature_transform: align the features by a T-Net.
+        variant: "paper", or "compact", as many implementations have it: no ReLU before the maximum, and the semantic network two layers
+            smaller, see `PointNet`.
         dropout: after the first two layers of the head.
         orthogonality_weight: weight of the regulariser; the paper's 0.001.
         normalization: how clouds are normalised before they get here; `predict` applies it to raw clouds.
@@ -157,6 +167,8 @@ class PointNetSegmenter(LightningModule):
         part_names: list[str] | None = None,
         network: Network = "part",
         class_input: bool = True,
+        feature_transform: bool = True,
+        variant: Variant = "paper",
         dropout: float = 0.2,
         orthogonality_weight: float = 1e-3,
         normalization: Normalization = "unit_sphere",
@@ -175,7 +187,11 @@ class PointNetSegmenter(LightningModule):
         self.orthogonality_weight = orthogonality_weight
         self.normalization: Normalization = normalization
 
-        self.backbone = PartBackbone() if network == "part" else SemanticBackbone()
+        self.backbone = (
+            PartBackbone(feature_transform, variant)
+            if network == "part"
+            else SemanticBackbone(feature_transform=feature_transform, variant=variant)
+        )
         widths = (256, 256, 128) if network == "part" else (512, 256, 128)
         cloud_width = self.backbone.num_features + num_classes * class_input
         self.head = PointHead(self.backbone.local_widths, cloud_width, widths, num_parts, dropout)
@@ -247,7 +263,7 @@ class PointNetSegmenter(LightningModule):
         points, label, part = _with_parts(batch)
         features = self._features(points)
         loss = _cross_entropy(self._logits(features, label), part)
-        if self.orthogonality_weight:
+        if self.orthogonality_weight and features.transform is not None:
             loss = loss + self.orthogonality_weight * orthogonality_penalty(features.transform)
         self.log("train/loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(label))
         return loss

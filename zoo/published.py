@@ -4,11 +4,11 @@ Layouts, each read as its repository saves it:
 
 - "lemniscate" (zhirongw/lemniscate.pytorch), ResNets for ImageNet or CIFAR -> `InstanceDiscrimination`;
 - "supcontrast" (HobbitLong/SupContrast), `SupConResNet` -> `SupConEncoder`, `SupCEResNet` -> `ImageClassifier`;
-- "relational" (mpatacchiola/self-supervised-relational-reasoning), Conv-4 and ResNet-34 with their head -> `RelationalReasoning`.
-
-Other networks than litzoo's, and so no layouts: the ResNet-8, 32 and 56 of the last repository, whose shortcuts are convolutions
-where litzoo's have no weights; and the PointNets of yanx27/Pointnet_Pointnet2_pytorch and fxia22/pointnet.pytorch, which have two
-layers fewer than the paper's and no ReLU before the maximum over the points.
+- "relational" (mpatacchiola/self-supervised-relational-reasoning), Conv-4, ResNet-8, 32, 56 and 34 with their head
+  -> `RelationalReasoning`;
+- "pointnet" (yanx27/Pointnet_Pointnet2_pytorch and fxia22/pointnet.pytorch, which call the layers alike), the PointNets for clouds
+  of three coordinates: classifiers -> `PointNetClassifier`, yanx27's part and fxia22's dense segmentation -> `PointNetSegmenter`,
+  all of the variant "compact". Their outputs are log-probabilities, litzoo's are logits: equal after a log-softmax.
 """
 
 import importlib
@@ -25,9 +25,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__, zoo
+from .backbones import CIFAR_RESNETS
 from .pretrained import _ZIP, WeightsError, _construct, _first_bytes, _is_extra, _one_line, _Place, _refuse_packed
 
-Layout = Literal["lemniscate", "supcontrast", "relational"]
+Layout = Literal["lemniscate", "supcontrast", "relational", "pointnet"]
 _Rules = tuple[tuple[str, str], ...]
 
 # Where checkpoints keep the state of the network.
@@ -41,6 +42,11 @@ _BYSTANDERS = (
     "lib.LinearAverage.LinearAverage",
     "lib.NCEAverage.NCEAverage",
     "lib.alias_multinomial.AliasMethod",
+    # Scores that nobody turned into plain numbers.
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "numpy.dtypes.Float64DType",
 )
 # Blocks of each stage, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -69,6 +75,30 @@ _RELATION: _Rules = (
 )
 
 
+# PointNets: linear layer, its BatchNorm -> litzoo's linear layer, behind which its BatchNorm follows.
+_Layers = tuple[tuple[str, str, str], ...]
+_TNET: _Layers = (
+    ("conv1", "bn1", "points.0"),
+    ("conv2", "bn2", "points.3"),
+    ("conv3", "bn3", "points.6"),
+    ("fc1", "bn4", "head.0.0"),
+    ("fc2", "bn5", "head.0.3"),
+)
+_WHOLE_CLOUDS: _Layers = (
+    ("feat.conv1", "feat.bn1", "backbone.local.0"),
+    ("feat.conv2", "feat.bn2", "backbone.wide.0"),
+    ("feat.conv3", "feat.bn3", "backbone.wide.3"),
+)
+_CLASSIFIER: _Layers = (("fc1", "bn1", "head.0.0"), ("fc2", "bn2", "head.0.3"))
+_PARTS_OF_CLOUDS: _Layers = (
+    ("conv1", "bn1", "backbone.local.0.0"),
+    ("conv2", "bn2", "backbone.local.1.0"),
+    ("conv3", "bn3", "backbone.local.2.0"),
+    ("conv4", "bn4", "backbone.wide.0.0"),
+    ("conv5", "bn5", "backbone.wide.1.0"),
+)
+
+
 class _Bystander:
     """Stands in for an object that lies in a checkpoint: it keeps the object's contents, and has none of its behaviour."""
 
@@ -91,6 +121,7 @@ class _Plan(NamedTuple):
         rules: published key -> litzoo's.
         made: tensors of litzoo's that the publication has none for.
         note: what to know about them.
+        state: the published tensors in the form that the rules are about, where it is another.
     """
 
     model: str
@@ -98,6 +129,7 @@ class _Plan(NamedTuple):
     rules: _Rules
     made: dict[str, Tensor]
     note: str
+    state: Mapping[str, Tensor] | None = None
 
 
 def from_published(checkpoint: Mapping[str, Any], layout: Layout, /, **hparams: Any) -> LightningModule:
@@ -108,10 +140,11 @@ def from_published(checkpoint: Mapping[str, Any], layout: Layout, /, **hparams: 
 
     Args:
         checkpoint: what `torch.load(file, weights_only=True)` gives, or the state dict alone; tensors of any floating-point type.
-        layout: "lemniscate", "supcontrast" or "relational": the repository, see the head of this file.
+        layout: "lemniscate", "supcontrast", "relational" or "pointnet": the repository, see the head of this file.
         hparams: hyper-parameters of the model that no shape tells, such as `image_size`, `image_mean` and `image_std`, with which
-            `embed` and `predict` prepare raw images; `num_train` of an `InstanceDiscrimination` without its bank; or the
-            `aggregation` of a relation head that does not concatenate.
+            `embed` and `predict` prepare raw images; `num_train` of an `InstanceDiscrimination` without its bank; the
+            `aggregation` of a relation head that does not concatenate; or `class_names`, and `part_classes` of a `PointNetSegmenter`
+            (without it, every part may occur in every class).
 
     Returns:
         The model in evaluation mode, float32.
@@ -197,16 +230,13 @@ def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, A
     if layout not in get_args(Layout):
         raise WeightsError(f"there is no layout {layout!r}; there are {', '.join(get_args(Layout))}")
     state, left_out = _published_state(checkpoint, layout, label)
-    if any("stn" in key.split(".") for key in state):
-        raise WeightsError(
-            f"{label} holds a PointNet as yanx27 or fxia22 publish it, which is another network than litzoo's: it has two layers fewer, and "
-            "no ReLU before the maximum over the points"
-        )
+    if layout != "pointnet" and any("stn" in key.split(".") for key in state):
+        raise WeightsError(f"{label} holds a PointNet, which is of the layout pointnet, not {layout}")
     try:
         plan = _PLANS[layout](state, checkpoint, hparams)
     except WeightsError as error:
         raise WeightsError(f"{label} {error}") from None
-    named = _renamed(state, plan, label)
+    named = _renamed(state if plan.state is None else plan.state, plan, label)
     settings = {**plan.hparams, **hparams}
     # Whatever is imported in there would make its constants there, and for the whole process.
     importlib.import_module("timm")
@@ -355,6 +385,9 @@ def _relational(state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], hpar
         channels = conv.shape[1] if conv is not None and conv.dim() == 4 else 3
         settings: dict[str, Any] = {"backbone": {"name": "conv4"}, "in_channels": channels, "image_size": None}
         rules, width = _inside(prefix, _CONV4), 64
+    elif not any(key.startswith(f"{prefix}.layer4.") for key in state):
+        settings, rules = _cifar_resnet(state, prefix)
+        width = 64
     else:
         settings, rules = _resnet(state, f"{prefix}."), _inside(prefix, _RESNET)
         width = _width(state, f"{prefix}.")
@@ -368,10 +401,88 @@ def _relational(state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], hpar
     return _Plan("RelationalReasoning", settings, (*rules, *_inside(head, _RELATION)), {}, "")
 
 
+def _pointnet(state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], hparams: Mapping[str, Any]) -> _Plan:
+    has_classes = "convs1.weight" in state
+    prefix = "" if has_classes else "feat."
+    channels = _matrix(state, f"{prefix}stn.conv1.weight", 3).shape[1]
+    if channels != 3:
+        raise WeightsError(
+            f"has a PointNet of {channels} numbers a point, such as normals or colours; litzoo's takes the 3 coordinates alone"
+        )
+    layers = list(_PARTS_OF_CLOUDS if has_classes else _WHOLE_CLOUDS)
+    lasts = {}
+    for name, own in ((f"{prefix}stn", "backbone.input_transform"), (f"{prefix}fstn", "backbone.feature_transform")):
+        if any(key.startswith(f"{name}.") for key in state):
+            layers += [(f"{name}.{linear}", f"{name}.{norm}", f"{own}.{place}") for linear, norm, place in _TNET]
+            lasts[f"{name}.fc3"] = f"{own}.head.1"
+    settings: dict[str, Any] = {"variant": "compact", "feature_transform": f"{prefix}fstn.fc3" in lasts}
+    if not has_classes and "conv4.weight" not in state:
+        layers += _CLASSIFIER
+        lasts["fc3"] = "head.2"
+        settings["num_classes"] = len(_matrix(state, "fc3.weight"))
+        return _Plan("PointNetClassifier", settings, _linear_rules(layers, lasts), {}, "", _without_biases(state, layers))
+
+    conv, norm = ("convs", "bns") if has_classes else ("conv", "bn")
+    layers += [(f"{conv}2", f"{norm}2", "head.second.0.0"), (f"{conv}3", f"{norm}3", "head.last.0.0")]
+    lasts[f"{conv}4"] = "head.last.1"
+    parts = len(_matrix(state, f"{conv}4.weight", 3))
+    # Its columns: the cloud's features, its class, then the features of the point.
+    cloud, local = (2048, (64, 128, 128, 512, 2048)) if has_classes else (1024, (64,))
+    first = _matrix(state, f"{conv}1.weight", 3)
+    classes = first.shape[1] - cloud - sum(local)
+    if classes < has_classes or (classes > 0) != has_classes or first.shape[2] != 1:
+        raise WeightsError(f"is not of this layout: {conv}1.weight has the shape {tuple(first.shape)}")
+    settings |= {"network": "part", "num_classes": classes} if has_classes else {"network": "semantic", "num_classes": 1}
+    settings |= {"num_parts": parts, "part_classes": [-1] * parts, "class_input": has_classes, "dropout": 0.0}
+    split = _without_biases(state, [*layers, (f"{conv}1", f"{norm}1", "")])
+    by_cloud, *by_point = split.pop(f"{conv}1.weight").split([cloud + classes, *local], dim=1)
+    split |= {f"{conv}1.weight.{place}": columns for place, columns in enumerate(by_point)}
+    split[f"{conv}1.weight.cloud"] = by_cloud.squeeze(2)
+    rules = (
+        *_linear_rules(layers, lasts),
+        (rf"{conv}1\.weight\.(\d)", r"head.from_local.\1.weight"),
+        (rf"{conv}1\.weight\.cloud", "head.from_cloud.weight"),
+        (rf"{norm}1\.(\w+)", r"head.first.0.\1"),
+    )
+    note = "" if "part_classes" in hparams else "part_classes was not given: every part may occur in every class"
+    return _Plan("PointNetSegmenter", settings, rules, {}, note, split)
+
+
+def _linear_rules(layers: Iterable[tuple[str, str, str]], lasts: Mapping[str, str]) -> _Rules:
+    """Of layers with a BatchNorm, and of those without."""
+    rules = [(rf"{re.escape(linear)}\.(weight|bias)", rf"{own}.\1") for linear, own in lasts.items()]
+    for linear, norm, own in layers:
+        parent, _, place = own.rpartition(".")
+        rules += [
+            (rf"{re.escape(linear)}\.(weight)", rf"{own}.\1"),
+            (rf"{re.escape(norm)}\.(\w+)", rf"{parent}.{int(place) + 1}.\1"),
+        ]
+    return tuple(rules)
+
+
+def _without_biases(state: Mapping[str, Tensor], layers: Iterable[tuple[str, str, str]]) -> dict[str, Tensor]:
+    """The state without the biases before BatchNorms: BatchNorm(W x + b) with the mean m is that of W x with the mean m - b."""
+    found = dict(state)
+    for linear, norm, _ in layers:
+        names = f"{linear}.bias", f"{norm}.running_mean"
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise WeightsError(f"is not a whole PointNet of this layout: it lacks {_few(missing)}")
+        bias, mean = found.pop(names[0]), state[names[1]]
+        if bias.shape != mean.shape or not bias.is_floating_point() or not mean.is_floating_point():
+            raise WeightsError(
+                f"is not of this layout: {names[0]} is {bias.dtype} of the shape {tuple(bias.shape)}, "
+                f"{names[1]} is {mean.dtype} of the shape {tuple(mean.shape)}"
+            )
+        found[names[1]] = mean.double() - bias.double()
+    return found
+
+
 _PLANS: dict[str, Callable[[Mapping[str, Tensor], Mapping[str, Any], Mapping[str, Any]], _Plan]] = {
     "lemniscate": _lemniscate,
     "supcontrast": _supcontrast,
     "relational": _relational,
+    "pointnet": _pointnet,
 }
 
 
@@ -379,24 +490,44 @@ def _inside(prefix: str, rules: _Rules) -> _Rules:
     return tuple((rf"{re.escape(prefix)}\.{old}", new) for old, new in rules)
 
 
-def _matrix(state: Mapping[str, Tensor], key: str) -> Tensor:
+def _matrix(state: Mapping[str, Tensor], key: str, dim: int = 2) -> Tensor:
+    """A weight that sizes are read from; of a convolution over points, `dim` is 3."""
     if key not in state:
         raise WeightsError(f"is not of this layout: it has no {key}, but {_few(state)}")
-    if state[key].dim() != 2:
+    if state[key].dim() != dim:
         raise WeightsError(f"is not of this layout: {key} has the shape {tuple(state[key].shape)}")
     return state[key]
 
 
+def _blocks(state: Mapping[str, Tensor], prefix: str) -> tuple[int, ...]:
+    """Blocks of each of four stages."""
+    places = [key.removeprefix(prefix).split(".") for key in state if key.startswith(f"{prefix}layer")]
+    return tuple(len({place[1] for place in places if place[0] == f"layer{stage}"}) for stage in (1, 2, 3, 4))
+
+
+def _cifar_resnet(state: Mapping[str, Tensor], prefix: str) -> tuple[dict[str, Any], _Rules]:
+    """Hyper-parameters and rules of an encoder that is a ResNet of three stages, with convolutions as shortcuts."""
+    blocks = _blocks(state, f"{prefix}.")
+    name = next((name for name, depth in CIFAR_RESNETS.items() if blocks == (*[(depth - 2) // 6] * 3, 0)), None)
+    first = state.get(f"{prefix}.conv1.weight")
+    if name is None or first is None or first.dim() != 4:
+        raise WeightsError(f"has no Conv-4, ResNet-8, 20, 32, 56 or 34 under {prefix}: its stages have {blocks} blocks")
+    rules = [(r"((?:conv1|bn1)\.\w+)", r"backbone.\1")]
+    for place in range(sum(blocks)):
+        stage, block = divmod(place, blocks[0])
+        rules += [
+            (rf"layer{stage + 1}\.{block}\.((?:conv|bn)[12]\.\w+)", rf"backbone.blocks.{place}.\1"),
+            (rf"layer{stage + 1}\.{block}\.downsample\.([01]\.\w+)", rf"backbone.blocks.{place}.shortcut.\1"),
+        ]
+    settings = {"backbone": {"name": name, "shortcut": "conv"}, "in_channels": first.shape[1], "image_size": None}
+    return settings, _inside(prefix, tuple(rules))
+
+
 def _resnet(state: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """Hyper-parameters of a model whose encoder is a ResNet, from its blocks and the kernel of its first convolution."""
-    places = [key.removeprefix(prefix).split(".") for key in state if key.startswith(f"{prefix}layer")]
-    blocks = tuple(len({place[1] for place in places if place[0] == f"layer{stage}"}) for stage in (1, 2, 3, 4))
+    blocks = _blocks(state, prefix)
     name = _RESNETS.get((blocks, f"{prefix}layer1.0.conv3.weight" in state))
     first = state.get(f"{prefix}conv1.weight")
-    if name is None and blocks[3] == 0 and any("downsample" in place for place in places):
-        raise WeightsError(
-            f"has a ResNet of three stages, {blocks[:3]} blocks, with convolutions as shortcuts; those of litzoo have shortcuts without weights"
-        )
     if name is None or first is None or first.dim() != 4:
         raise WeightsError(f"has no ResNet-18, 34, 50, 101 or 152 under {prefix or 'its keys'}: its stages have {blocks} blocks")
     stem = "small" if first.shape[2] == 3 else "original"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litzoo.zoo import create_backbone, resolve_backbone
-from litzoo.zoo.backbones import CIFAR_RESNETS, SHRINKAGE_RESNETS, CifarResNet, Conv4, ShrinkageResNet
+from litzoo.zoo.backbones import CIFAR_RESNETS, SHRINKAGE_RESNETS, CifarResNet, Conv4, Shortcut, ShrinkageResNet
 
 
 def shaken(module: nn.Module) -> nn.Module:
@@ -52,19 +52,24 @@ class Reader:
 
 
 @pytest.mark.parametrize("depth", [8, 20])
-def test_cifar_resnet_against_a_hand_written_forward(depth: int) -> None:
-    model = shaken(CifarResNet(depth))
+@pytest.mark.parametrize("shortcut", ["pad", "conv"])
+def test_cifar_resnet_against_a_hand_written_forward(depth: int, shortcut: Shortcut) -> None:
+    model = shaken(CifarResNet(depth, shortcut=shortcut))
     images = torch.randn(2, 3, 32, 32).double()
     reader = Reader(model)
     x = reader.conv_bn(images).clamp(min=0)
     for stage in range(3):
         for block in range((depth - 2) // 6):
             stride = 2 if stage > 0 and block == 0 else 1
-            shortcut = x
-            if stride == 2:  # every other pixel, and as many channels of zeros
-                shortcut = torch.cat([x[:, :, ::2, ::2], torch.zeros_like(x[:, :, ::2, ::2])], dim=1)
+            before = x
             x = reader.conv_bn(reader.conv_bn(x, stride).clamp(min=0))
-            x = (x + shortcut).clamp(min=0)
+            if stride == 2:
+                before = before[:, :, ::2, ::2]  # every other pixel
+                if shortcut == "conv":
+                    before = reader.bn(torch.einsum("ckij,bkhw->bchw", reader.tensors.pop(0), before))
+                else:  # and as many channels of zeros
+                    before = torch.cat([before, torch.zeros_like(before)], dim=1)
+            x = (x + before).clamp(min=0)
     assert not reader.tensors
     assert x.shape == (2, 64, 8, 8)
     torch.testing.assert_close(model(images), x.sum((2, 3)) / 64, rtol=1e-9, atol=1e-9)
@@ -290,6 +295,8 @@ def test_timm_is_imported_when_it_is_needed() -> None:
             32,
             {"name": "vit_tiny_patch16_224", "in_channels": 3, "stem": "original", "image_size": 32, "patch_size": 4},
         ),
+        ({"name": "resnet8", "shortcut": "conv"}, 3, 32, {"name": "resnet8", "in_channels": 3, "stem": "original", "shortcut": "conv"}),
+        ({"name": "resnet8", "shortcut": "pad"}, 3, 32, {"name": "resnet8", "in_channels": 3, "stem": "original"}),
         ("vit_tiny_patch16_224", 3, None, {"name": "vit_tiny_patch16_224", "in_channels": 3, "stem": "original"}),
     ],
 )
@@ -321,6 +328,8 @@ def test_what_a_description_says_of_itself_wins() -> None:
         ({"name": "resnet18", "stem": "tiny"}, "must be 'auto', 'small' or 'original', got 'tiny'"),
         ({"name": "vit_tiny_patch16_224", "stem": "small"}, "'vit_tiny_patch16_224' has no small-image stem"),
         ({"name": "resnet20", "stem": "small"}, "'resnet20' has no small-image stem"),
+        ({"name": "resnet20", "shortcut": "zeros"}, "shortcut of backbone 'resnet20' must be 'pad' or 'conv', got 'zeros'"),
+        ({"name": "conv4", "shortcut": "conv"}, "'conv4' takes no further settings, but got 'shortcut'"),
         ({"name": "conv4", "width": 64}, "'conv4' takes no further settings, but got 'width'"),
         ({"name": "resnet18", "pretrained": True}, "never holds pretrained"),
         ({"name": "resnet18", "pretrained": False}, "never holds pretrained"),

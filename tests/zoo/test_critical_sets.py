@@ -1,6 +1,7 @@
 """Critical points and upper-bound shapes: what is left out or put in does not change the logits."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from litzoo.zoo.critical_sets import critical_points, upper_bound_points
 from litzoo.zoo.functional.points import unit_sphere
 
 
-def random_model(**settings: bool) -> PointNetClassifier:
+def random_model(**settings: Any) -> PointNetClassifier:
     """A network with random weights, statistics and transforms, in float64."""
     torch.manual_seed(0)
     model = PointNetClassifier(5, **settings).double().eval()
@@ -32,11 +33,12 @@ def clouds(number: int = 3, points: int = 300) -> torch.Tensor:
     return unit_sphere(torch.rand(number, points, 3, dtype=torch.float64) * torch.tensor([1.0, 0.5, 0.2]))
 
 
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "both": {},
     "neither": {"input_transform": False, "feature_transform": False},
     "input": {"feature_transform": False},
     "feature": {"input_transform": False},
+    "compact": {"variant": "compact"},
 }
 
 

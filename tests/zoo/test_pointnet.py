@@ -39,20 +39,20 @@ def shaken(seed: int = 0, **settings: Any) -> PointNetClassifier:
 
 
 def naive_forward(
-    state: dict[str, Tensor], cloud: Tensor, input_transform: bool, feature_transform: bool
+    state: dict[str, Tensor], cloud: Tensor, input_transform: bool, feature_transform: bool, compact: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One cloud, one point at a time, by matrix products with the weights: logits, global feature, feature transform."""
     weights = {name: value.double() for name, value in state.items()}
 
-    def layer(x: Tensor, linear: str, norm: str) -> Tensor:
+    def layer(x: Tensor, linear: str, norm: str, relu: bool = True) -> Tensor:
         x = weights[f"{linear}.weight"].flatten(1) @ x
         mean, var = weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"]
         x = (x - mean) / torch.sqrt(var + 1e-5) * weights[f"{norm}.weight"] + weights[f"{norm}.bias"]
-        return torch.maximum(x, torch.zeros_like(x))
+        return torch.maximum(x, torch.zeros_like(x)) if relu else x
 
-    def layers(x: Tensor, name: str, count: int) -> Tensor:
+    def layers(x: Tensor, name: str, count: int, last_relu: bool = True) -> Tensor:
         for i in range(count):
-            x = layer(x, f"{name}.{3 * i}", f"{name}.{3 * i + 1}")
+            x = layer(x, f"{name}.{3 * i}", f"{name}.{3 * i + 1}", last_relu or i < count - 1)
         return x
 
     def largest(vectors: list[Tensor]) -> Tensor:
@@ -66,28 +66,30 @@ def naive_forward(
     if input_transform:
         matrix = t_net(points, "backbone.input_transform", 3)
         points = [x @ matrix for x in points]
-    local = [layers(x, "backbone.local", 2) for x in points]
+    local = [layers(x, "backbone.local", 1 if compact else 2) for x in points]
     transform = None
     if feature_transform:
         transform = t_net(local, "backbone.feature_transform", 64)
         local = [x @ transform for x in local]
-    feature = largest([layers(x, "backbone.wide", 3) for x in local])
+    feature = largest([layers(x, "backbone.wide", 2 if compact else 3, last_relu=not compact) for x in local])
     hidden = layers(feature, "head.0", 2)
     return weights["head.2.weight"] @ hidden + weights["head.2.bias"], feature, transform
 
 
 @pytest.mark.parametrize("input_transform", [True, False])
 @pytest.mark.parametrize("feature_transform", [True, False])
-def test_forward_against_a_loop_over_points(input_transform: bool, feature_transform: bool) -> None:
-    model = shaken(input_transform=input_transform, feature_transform=feature_transform)
+@pytest.mark.parametrize("variant", ["paper", "compact"])
+def test_forward_against_a_loop_over_points(input_transform: bool, feature_transform: bool, variant: str) -> None:
+    settings = {"input_transform": input_transform, "feature_transform": feature_transform, "variant": variant}
+    model = shaken(**settings)
     clouds = torch.randn(3, 20, 3)
     with torch.no_grad():
         output = model.double().backbone(clouds.double())
         feature, transform = output.feature, output.feature_transform
         logits = model(clouds.double())
-        single = shaken(input_transform=input_transform, feature_transform=feature_transform)(clouds)
+        single = shaken(**settings)(clouds)
     for i, cloud in enumerate(clouds):
-        expected = naive_forward(model.state_dict(), cloud, input_transform, feature_transform)
+        expected = naive_forward(model.state_dict(), cloud, input_transform, feature_transform, variant == "compact")
         torch.testing.assert_close(logits[i], expected[0], rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(feature[i], expected[1], rtol=1e-9, atol=1e-9)
         assert (transform is None) == (expected[2] is None)
@@ -155,6 +157,7 @@ def test_batch_of_one_is_refused_only_in_training() -> None:
         ({"class_counts": [1, 2]}, "class_counts has 2 entries"),
         ({"class_weights": "balanced"}, "needs class_counts"),
         ({"class_weights": "sqrt"}, "one of none, balanced, effective; got 'sqrt'"),
+        ({"variant": "small"}, "variant must be .paper. or .compact., got .small."),
         ({"dropout": 1.5}, "dropout must lie in"),
         ({"label_smoothing": -0.1}, "label_smoothing must lie in"),
         ({"focal_gamma": -1.0}, "focal_gamma must lie in"),

@@ -33,12 +33,14 @@ def test_the_head_is_one_layer_over_all_features() -> None:
     assert weight.abs().max() <= 15**-0.5
 
 
+@pytest.mark.parametrize("variant", ["paper", "compact"])
 @pytest.mark.parametrize(("network", "features"), [("part", 2048), ("semantic", 1024)])
-def test_shapes(network: str, features: int) -> None:
-    model = segmenter(network=network).eval()
+def test_shapes(network: str, features: int, variant: str) -> None:
+    model = segmenter(network=network, variant=variant, feature_transform=variant == "paper").eval()
     points, label = torch.randn(3, 40, 3), torch.tensor([0, 1, 1])
     assert model(points, label).shape == (3, 5, 40)
     assert model.encode(points).shape == (3, features)
+    assert (model.encode(points) < 0).any() == (variant == "compact")  # no ReLU before the maximum
 
 
 def test_the_parts_network_is_that_of_the_supplement() -> None:
@@ -101,6 +103,16 @@ def test_learns_what_the_parts_are(network: str, tmp_path: Path) -> None:
     assert scores["test/instance_miou"] == pytest.approx(float(trainer.callback_metrics["test/instance_miou"]))
 
 
+@pytest.mark.parametrize("network", ["part", "semantic"])
+def test_without_a_feature_transform_nothing_is_orthogonal(network: str) -> None:
+    losses = []
+    for weight in (0.0, 1e3):
+        model = segmenter(network=network, feature_transform=False, orthogonality_weight=weight, dropout=0.0)
+        model.log = lambda *args, **kwargs: None
+        losses.append(model.training_step(boxes(4, 16), 0))
+    assert torch.equal(*losses)
+
+
 def test_ignored_points_have_no_gradient() -> None:
     model = segmenter(dropout=0.0, orthogonality_weight=0.0)
     model.log = lambda *args, **kwargs: None
@@ -142,6 +154,8 @@ def test_weights_files(tmp_path: Path) -> None:
         ({"part_classes": [0, 0, 1, 1, 2]}, "must lie in"),
         ({"part_names": ["a"]}, "part_names has 1 entries"),
         ({"network": "big"}, "network must be"),
+        ({"variant": "big"}, "variant must be 'paper' or 'compact', got 'big'"),
+        ({"variant": "big", "network": "part"}, "variant must be"),
         ({"dropout": 1.0}, "dropout must lie"),
     ],
 )

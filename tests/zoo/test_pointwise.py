@@ -12,10 +12,11 @@ from torch.autograd import forward_ad
 
 from litzoo.zoo import PointNetClassifier
 from litzoo.zoo.layers import pointwise
-from litzoo.zoo.layers.pointwise import PointwiseLayers, linear_batchnorm_max, linear_batchnorm_relu, max_over_points
+from litzoo.zoo.layers.pointwise import PointwiseLayers, linear_batchnorm, linear_batchnorm_max, max_over_points
+from litzoo.zoo.pointnet import Variant
 
 
-def layers_of(*widths: int, seed: int = 0, momentum: float | None = 0.1) -> nn.Sequential:
+def layers_of(*widths: int, seed: int = 0, momentum: float | None = 0.1, last_relu: bool = True) -> nn.Sequential:
     """Pointwise layers whose BatchNorms have scales of both signs, shifts and running statistics."""
     torch.manual_seed(seed)
     layers = []
@@ -27,6 +28,8 @@ def layers_of(*widths: int, seed: int = 0, momentum: float | None = 0.1) -> nn.S
             norm.running_mean.normal_()
             norm.running_var.uniform_(0.5, 2)
         layers += [nn.Conv1d(narrow, wide, 1, bias=False), norm, nn.ReLU()]
+    if not last_relu:
+        layers[-1] = nn.Identity()
     return nn.Sequential(*layers).double()
 
 
@@ -38,8 +41,11 @@ def plain(layers: nn.Sequential, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("widths", [(16, 32), (3, 8, 40)])
-def test_equals_the_plain_layers_in_double_precision(training: bool, momentum: float | None, widths: tuple[int, ...]) -> None:
-    fused, reference = layers_of(*widths, momentum=momentum), layers_of(*widths, momentum=momentum)
+@pytest.mark.parametrize("last_relu", [True, False])
+def test_equals_the_plain_layers_in_double_precision(
+    training: bool, momentum: float | None, widths: tuple[int, ...], last_relu: bool
+) -> None:
+    fused, reference = (layers_of(*widths, momentum=momentum, last_relu=last_relu) for _ in range(2))
     fused.train(training)
     reference.train(training)
     for step in range(3):
@@ -58,7 +64,7 @@ def test_equals_the_plain_layers_in_double_precision(training: bool, momentum: f
                 found, right, rtol=1e-12, atol=1e-12, msg=lambda text, name=name, step=step: f"{name}, step {step}: {text}"
             )
         with torch.no_grad():
-            positive = ours > 0
+            positive = (ours > 0) | (not last_relu)
             reached = fused.eval()(x).gather(2, winner.unsqueeze(-1)).squeeze(-1)
             if not training:
                 torch.testing.assert_close(reached[positive], ours[positive], rtol=0, atol=1e-12)
@@ -78,12 +84,13 @@ def test_gradcheck() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_gradcheck_of_the_dense_layer(training: bool) -> None:
+@pytest.mark.parametrize("relu", [True, False])
+def test_gradcheck_of_the_dense_layer(training: bool, relu: bool) -> None:
     norm = layers_of(4, 6)[1].train(training)
     x, weight = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True), torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return linear_batchnorm_relu(x, weight, _with(norm, scale, shift))
+        return linear_batchnorm(x, weight, _with(norm, scale, shift), relu)
 
     assert torch.autograd.gradcheck(function, (x, weight, norm.weight, norm.bias))
     assert torch.autograd.gradgradcheck(function, (x, weight, norm.weight, norm.bias), atol=1e-4)
@@ -92,14 +99,18 @@ def test_gradcheck_of_the_dense_layer(training: bool) -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0, None])
 @pytest.mark.parametrize("widths", [(16, 32), (3, 8, 40), (5, 5, 5, 5)])
-def test_dense_layers_equal_the_plain_ones_in_double_precision(training: bool, momentum: float | None, widths: tuple[int, ...]) -> None:
-    reference = layers_of(*widths, momentum=momentum).train(training)
+@pytest.mark.parametrize("last_relu", [True, False])
+def test_dense_layers_equal_the_plain_ones_in_double_precision(
+    training: bool, momentum: float | None, widths: tuple[int, ...], last_relu: bool
+) -> None:
+    reference = layers_of(*widths, momentum=momentum, last_relu=last_relu).train(training)
     fused = PointwiseLayers(*copy.deepcopy(list(reference))).train(training)
     assert fused.state_dict().keys() == reference.state_dict().keys()
     for _ in range(3):
         x = torch.randn(5, widths[0], 30, dtype=torch.float64, requires_grad=True)
         y = x.detach().clone().requires_grad_()
         ours, theirs = fused(x), reference(y)
+        assert type(ours.grad_fn).__name__ == "_DenseBackward"
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
         weight = torch.randn_like(ours)
         gradients = torch.autograd.grad((ours * weight).sum(), [x, *fused.parameters()])
@@ -146,7 +157,7 @@ def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("block", [1, 300, 10**9])
 def test_blocks_change_only_the_order_of_sums(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, x = layers_of(8, 12, 16), torch.randn(7, 8, 20, dtype=torch.float64, requires_grad=True)
-    for fused in (linear_batchnorm_relu, lambda *args: linear_batchnorm_max(*args).value):
+    for fused in (linear_batchnorm, lambda *args: linear_batchnorm_max(*args).value):
         found = []
         for chunk in (pointwise._CHUNK, block):
             monkeypatch.setattr(pointwise, "_CHUNK", chunk)
@@ -205,7 +216,7 @@ def test_a_channel_that_does_not_vary_is_finite(seed: int) -> None:
     x = (line * torch.randn(8, 1, 500, generator=generator) * 300).requires_grad_()
     basis = torch.linalg.qr(torch.cat([line, torch.randn(3, 2, generator=generator)], dim=1)).Q
     weight = basis[:, 1:].T.contiguous().requires_grad_()
-    for fused in (linear_batchnorm_relu, lambda *args: linear_batchnorm_max(*args).value):
+    for fused in (linear_batchnorm, lambda *args: linear_batchnorm_max(*args).value):
         norm = nn.BatchNorm1d(2)
         value = fused(x, weight, norm)
         assert value.isfinite().all()
@@ -279,9 +290,9 @@ def test_autocast_is_left_for_the_fused_layers() -> None:
 # --- in PointNet -------------------------------------------------------------------------------------------------------
 
 
-def classifier(dtype: torch.dtype = torch.float64) -> PointNetClassifier:
+def classifier(dtype: torch.dtype = torch.float64, variant: Variant = "paper") -> PointNetClassifier:
     torch.manual_seed(0)
-    return PointNetClassifier(5, dropout=0.0, label_smoothing=0.1).to(dtype)
+    return PointNetClassifier(5, dropout=0.0, label_smoothing=0.1, variant=variant).to(dtype)
 
 
 def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,11 +305,12 @@ def gradients(model: PointNetClassifier, points: Tensor, label: Tensor) -> list[
     return [loss, *torch.autograd.grad(loss, list(model.parameters()))]
 
 
-def test_pointnet_has_the_gradients_of_the_plain_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("variant", ["paper", "compact"])
+def test_pointnet_has_the_gradients_of_the_plain_layers(variant: Variant, monkeypatch: pytest.MonkeyPatch) -> None:
     points, label = torch.randn(6, 40, 3, dtype=torch.float64), torch.arange(6) % 5
-    ours = gradients(classifier(), points, label)
+    ours = gradients(classifier(variant=variant), points, label)
     unfused(monkeypatch)
-    for found, right in zip(ours, gradients(classifier(), points, label), strict=True):
+    for found, right in zip(ours, gradients(classifier(variant=variant), points, label), strict=True):
         torch.testing.assert_close(found, right, rtol=1e-9, atol=1e-11)
 
 

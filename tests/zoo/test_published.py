@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -20,7 +21,17 @@ import torchvision
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from litzoo.zoo import ImageClassifier, InstanceDiscrimination, RelationalReasoning, SupConEncoder, WeightsError, from_published, load
+from litzoo.zoo import (
+    ImageClassifier,
+    InstanceDiscrimination,
+    PointNetClassifier,
+    PointNetSegmenter,
+    RelationalReasoning,
+    SupConEncoder,
+    WeightsError,
+    from_published,
+    load,
+)
 from litzoo.zoo.cli import main
 from litzoo.zoo.published import _resnet, read_published
 
@@ -181,6 +192,186 @@ def test_relation_head_that_does_not_concatenate() -> None:
     torch.testing.assert_close(model.relation(first, second), pairs.head(torch.maximum(first, second)).squeeze(1))
 
 
+class Stages(nn.Module):
+    """A ResNet of three stages for CIFAR whose second and third stage begin with a convolution as their shortcut."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        narrow = 16
+        for stage, wide in enumerate((16, 32, 64), start=1):
+            stride = 1 if stage == 1 else 2
+            first = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride, bias=False), nn.BatchNorm2d(wide)) if stage > 1 else None
+            block = torchvision.models.resnet.BasicBlock
+            self.add_module(
+                f"layer{stage}", nn.Sequential(block(narrow, wide, stride, first), *(block(wide, wide) for _ in range(blocks - 1)))
+            )
+            narrow = wide
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        for stage in (1, 2, 3):
+            x = self.get_submodule(f"layer{stage}")(x)
+        return x.mean(dim=(2, 3))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "blocks"), [("resnet8", 1), ("resnet20", 3)])
+def test_relational_with_a_resnet_for_cifar(name: str, blocks: int) -> None:
+    pairs, encoder = settled(Pairs()), settled(Stages(blocks))
+    checkpoint = {**pairs.checkpoint(), "backbone": encoder.state_dict()}
+    model = from_published(checkpoint, "relational")
+    assert model.hparams["backbone"] == {"name": name, "in_channels": 3, "stem": "original", "shortcut": "conv"}
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(model.double()(images), encoder.double()(images), rtol=1e-10, atol=1e-10)
+    checkpoint["backbone"].pop("layer2.0.downsample.0.weight")
+    with pytest.raises(WeightsError, match=rf"lacks backbone.blocks.{blocks}.shortcut.0.weight"):
+        from_published(checkpoint, "relational")
+
+
+# PointNets: name of the linear layer, of its BatchNorm ("" without one), widths.
+TNET = (
+    ("conv1", "bn1", 0, 64),
+    ("conv2", "bn2", 64, 128),
+    ("conv3", "bn3", 128, 1024),
+    ("fc1", "bn4", 1024, 512),
+    ("fc2", "bn5", 512, 256),
+)
+WHOLE = (("feat.conv1", "feat.bn1", 3, 64), ("feat.conv2", "feat.bn2", 64, 128), ("feat.conv3", "feat.bn3", 128, 1024))
+CLOUDS = {
+    "classifier": (*WHOLE, ("fc1", "bn1", 1024, 512), ("fc2", "bn2", 512, 256), ("fc3", "", 256, 7)),
+    "dense": (*WHOLE, ("conv1", "bn1", 1088, 512), ("conv2", "bn2", 512, 256), ("conv3", "bn3", 256, 128), ("conv4", "", 128, 6)),
+    "parts": (
+        *(("conv1", "bn1", 3, 64), ("conv2", "bn2", 64, 128), ("conv3", "bn3", 128, 128)),
+        *(("conv4", "bn4", 128, 512), ("conv5", "bn5", 512, 2048)),
+        *(("convs1", "bns1", 4933, 256), ("convs2", "bns2", 256, 256), ("convs3", "bns3", 256, 128), ("convs4", "", 128, 6)),
+    ),
+}
+
+
+def of_clouds(kind: str, transform: bool = True) -> dict[str, Tensor]:
+    """A random state; what becomes one number has few digits, so that float32 does not round it."""
+    torch.manual_seed(0)
+    prefix, wide = ("", 128) if kind == "parts" else ("feat.", 64)
+    layers = list(CLOUDS[kind])
+    for name, size in [("stn", 3), ("fstn", wide)][: 1 + transform]:
+        start = f"{prefix}{name}."
+        layers += [(start + linear, start + norm, before or size, after) for linear, norm, before, after in TNET]
+        layers.append((f"{start}fc3", "", 256, size * size))
+    state = {}
+    for linear, norm, before, after in layers:
+        weight = torch.randn(after, before) * before**-0.5
+        state[f"{linear}.weight"] = weight.unsqueeze(2) if "conv" in linear else weight
+        state[f"{linear}.bias"] = torch.randint(-32, 33, (after,)) / 64
+        if norm:
+            state |= {f"{norm}.weight": torch.rand(after) + 0.5, f"{norm}.bias": torch.randn(after) * 0.3}
+            state |= {f"{norm}.running_mean": torch.randint(-32, 33, (after,)) / 64, f"{norm}.running_var": torch.rand(after) + 0.5}
+            state[f"{norm}.num_batches_tracked"] = torch.tensor(5)
+    return state
+
+
+def scores_of_clouds(kind: str, state: dict[str, Tensor], points: Tensor, label: Tensor) -> Tensor:
+    """Logits `(B, C)`, or `(B, P, N)` of points, in float64."""
+
+    def layer(x: Tensor, linear: str, norm: str, relu: bool = True) -> Tensor:
+        x = state[f"{linear}.weight"].double().flatten(1) @ x + state[f"{linear}.bias"].double()[:, None]
+        if not norm:
+            return x
+        scale, shift, mean, var = (state[f"{norm}.{name}"].double()[:, None] for name in ("weight", "bias", "running_mean", "running_var"))
+        x = (x - mean) / (var + 1e-5).sqrt() * scale + shift
+        return x.clamp_min(0) if relu else x
+
+    def align(x: Tensor, name: str) -> Tensor:
+        hidden = x
+        for linear, norm, *_ in TNET:
+            hidden = hidden.amax(dim=2, keepdim=True) if linear == "fc1" else hidden
+            hidden = layer(hidden, f"{name}.{linear}", f"{name}.{norm}")
+        matrix = layer(hidden, f"{name}.fc3", "").unflatten(1, (x.shape[1], x.shape[1])).squeeze(3) + torch.eye(x.shape[1])
+        return (x.mT @ matrix).mT
+
+    prefix = "" if kind == "parts" else "feat."
+    transforms = {3 if kind == "parts" else 1: f"{prefix}fstn"} if f"{prefix}fstn.fc3.weight" in state else {}
+    layers = CLOUDS[kind]
+    last = 5 if kind == "parts" else 3
+    x, local = align(points.mT, f"{prefix}stn"), []
+    for place, (linear, norm, *_) in enumerate(layers[:last], start=1):
+        x = layer(x, linear, norm, relu=place < last)
+        local.append(x)  # yanx27's parts have them from before the transform, the dense network from behind it
+        x = align(x, transforms[place]) if place in transforms else x
+        if kind == "dense" and place == 1:
+            local[0] = x
+    x = x.amax(dim=2, keepdim=True)
+    if kind != "classifier":
+        classes = F.one_hot(label, 5).double().unsqueeze(2)
+        cloud = torch.cat([x, classes], dim=1) if kind == "parts" else x
+        x = torch.cat([cloud.expand(-1, -1, points.shape[1]), *(local if kind == "parts" else local[:1])], dim=1)
+    for linear, norm, *_ in layers[last:]:
+        x = layer(x, linear, norm)
+    return x.squeeze(2) if kind == "classifier" else x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("transform", [True, False])
+@pytest.mark.parametrize("kind", CLOUDS)
+def test_pointnet(kind: str, transform: bool, tmp_path: Path) -> None:
+    state = of_clouds(kind, transform)
+    checkpoint = {"epoch": 3, "class_acc": np.mean([0.5, 0.25]), "model_state_dict": state, "optimizer_state_dict": {"state": {}}}
+    torch.save(checkpoint, tmp_path / "best_model.pth")
+    hparams = {"class_names": list("abcdefg")} if kind == "classifier" else {}
+    model, card = read_published(tmp_path / "best_model.pth", "pointnet", **hparams)
+    assert card["left_out"] == ["class_acc", "epoch", "optimizer_state_dict"]
+    assert (model.hparams["variant"], model.hparams["feature_transform"]) == ("compact", transform)
+    points, label = torch.randn(3, 20, 3, dtype=torch.float64), torch.tensor([4, 0, 2])
+    expected = scores_of_clouds(kind, state, points, label)
+    again = from_published(state, "pointnet", **hparams)  # as fxia22 saves it
+    if kind == "classifier":
+        assert isinstance(model, PointNetClassifier)
+        assert model.class_names == list("abcdefg")
+        torch.testing.assert_close(again(points.float()), expected.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.double()(points), expected, rtol=1e-10, atol=1e-10)
+    else:
+        assert isinstance(model, PointNetSegmenter)
+        assert "part_classes was not given" in card["note"]
+        assert (model.hparams["num_classes"], model.hparams["num_parts"]) == (5 if kind == "parts" else 1, 6)
+        torch.testing.assert_close(again(points.float(), label), expected.float(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.double()(points, label), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("classifier", {"feat.conv2.bias": None}, "is not a whole PointNet of this layout: it lacks feat.conv2.bias"),
+        ("classifier", {"feat.bn3.running_mean": None}, "it lacks feat.bn3.running_mean"),
+        ("classifier", {"feat.fstn.fc3.bias": None}, "lacks backbone.feature_transform.head.1.bias"),
+        ("classifier", {"bn2.weight": None}, "lacks head.0.4.weight"),
+        ("classifier", {"feat.conv4.weight": torch.zeros(1)}, "no place for: feat.conv4.weight"),
+        ("classifier", {"feat.conv1.bias": torch.zeros(3)}, r"feat.conv1.bias is torch.float32 of the shape \(3,\)"),
+        ("classifier", {"feat.conv1.bias": torch.zeros(64, dtype=torch.int32)}, "feat.conv1.bias is torch.int32"),
+        ("classifier", {"feat.stn.conv1.weight": torch.zeros(64, 6, 1)}, "a PointNet of 6 numbers a point, such as normals"),
+        ("classifier", {"fc3.weight": torch.zeros(256)}, r"fc3.weight has the shape \(256,\)"),
+        ("dense", {"feat.stn.conv1.weight": torch.zeros(64, 9, 1)}, "a PointNet of 9 numbers a point"),
+        ("dense", {"conv1.weight": torch.zeros(512, 1093, 1)}, r"conv1.weight has the shape \(512, 1093, 1\)"),
+        ("parts", {"convs1.weight": torch.zeros(256, 4928, 1)}, r"convs1.weight has the shape \(256, 4928, 1\)"),
+        ("parts", {"convs1.weight": torch.zeros(8, 4944, 1)}, r"'convs1.weight.\w+' has the shape \(8, \d+(, 1)?\), but \(256,"),
+        ("parts", {"convs1.bias": None}, "it lacks convs1.bias"),
+        ("parts", {"bns1.running_var": None}, "lacks head.first.0.running_var"),
+    ],
+)
+def test_pointnet_that_does_not_fit(kind: str, change: dict[str, Tensor | None], words: str) -> None:
+    state = {key: value for key, value in {**of_clouds(kind), **change}.items() if value is not None}
+    with pytest.raises(WeightsError, match=words) as raised:
+        from_published(state, "pointnet")
+    assert "\n" not in str(raised.value)
+
+
+def test_parts_of_the_classes() -> None:
+    classes = [0, 1, 2, 3, 4, 4]
+    model = from_published(of_clouds("parts"), "pointnet", part_classes=classes, class_names=list("abcde"))
+    found = model.predict(torch.randn(2, 30, 3), torch.tensor([4, 1]))  # type: ignore[operator]  # `predict` of a model of unknown class
+    assert set(found[0].tolist()) <= {4, 5}
+    assert set(found[1].tolist()) == {1}
+
+
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_depth_is_told_by_the_blocks(name: str) -> None:
     with torch.device("meta"):
@@ -267,16 +458,17 @@ def test_state_that_does_not_fit(pairs: Pairs, change: Callable[[State], Any], w
 
 def test_other_networks(pairs: Pairs) -> None:
     conv = torch.zeros(16, 3, 3, 3)
-    option_b = {"conv1.weight": conv} | {f"layer{stage}.0.downsample.0.weight": conv for stage in (1, 2, 3)}
+    uneven = {"conv1.weight": conv} | {f"layer{stage}.{block}.conv1.weight": conv for stage in (1, 2, 3) for block in range(stage)}
     head = {f"linear{layer}.weight": torch.zeros(24, 128) for layer in (1, 2)}
     for checkpoint, layout, words in (
-        ({"backbone": option_b, "relation": head}, "relational", "shortcuts without weights"),
-        ({"feat.stn.conv1.weight": torch.zeros(64, 3, 1)}, "supcontrast", "holds a PointNet as yanx27 or fxia22"),
+        ({"backbone": uneven, "relation": head}, "relational", r"has no Conv-4, ResNet-8.*its stages have \(1, 2, 3, 0\) blocks"),
+        ({"feat.stn.conv1.weight": torch.zeros(64, 3, 1)}, "supcontrast", "holds a PointNet, which is of the layout pointnet"),
+        ({"sa1.mlp_convs.0.weight": conv}, "pointnet", r"it has no feat.stn.conv1.weight, but sa1.mlp_convs.0.weight"),
         ({"fc.weight": torch.zeros(16, 512)}, "lemniscate", r"its stages have \(0, 0, 0, 0\) blocks"),
         (pairs.checkpoint(), "lemniscate", "it has no linear.weight"),
         ({"model": {"a": conv}, "net": {"a": conv}}, "supcontrast", "several states, model and net"),
         ({"epoch": 3, "opt\n": {}}, "supcontrast", r"only 'opt\\n', epoch"),
-        (pairs.checkpoint(), "moco", "no layout 'moco'; there are lemniscate, supcontrast, relational"),
+        (pairs.checkpoint(), "moco", "no layout 'moco'; there are lemniscate, supcontrast, relational, pointnet"),
     ):
         with pytest.raises(WeightsError, match=words):
             from_published(checkpoint, layout)  # type: ignore[arg-type]  # a wrong name, on purpose
@@ -389,5 +581,5 @@ def test_command(pairs: Pairs, tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main([*arguments, *other, *wrong]) == 2
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main([*arguments, *other, "--layout", "pointnet"])
+        main([*arguments, *other, "--layout", "moco"])
     assert "lemniscate" in capsys.readouterr().err

@@ -11,10 +11,14 @@ _EPILOG = """\
 layouts:
   lemniscate    zhirongw/lemniscate.pytorch: ResNets for ImageNet and CIFAR -> InstanceDiscrimination
   supcontrast   HobbitLong/SupContrast: SupConResNet -> SupConEncoder, SupCEResNet -> ImageClassifier
-  relational    mpatacchiola/self-supervised-relational-reasoning: Conv-4, ResNet-34 -> RelationalReasoning
+  relational    mpatacchiola/self-supervised-relational-reasoning: Conv-4, ResNet-8, 32, 56, 34 -> RelationalReasoning
+  pointnet      yanx27/Pointnet_Pointnet2_pytorch, fxia22/pointnet.pytorch: PointNets of three coordinates
+                -> PointNetClassifier, PointNetSegmenter
 
 Sizes follow from the shapes. No shape tells how images were normalised; without it, give predictions normalised images:
   --hparams '{"image_size": 32, "image_mean": [0.4914, 0.4822, 0.4465], "image_std": [0.2023, 0.1994, 0.2010]}'
+Nor does one tell what classes are called:
+  --hparams '{"class_names": ["airplane", "bathtub"]}'
 """
 
 
@@ -27,7 +31,9 @@ def import_published(argv: list[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a file of torch.save, or a .safetensors file with the same keys")
-    parser.add_argument("--layout", required=True, choices=("lemniscate", "supcontrast", "relational"), help="the repository, see below")
+    parser.add_argument(
+        "--layout", required=True, choices=("lemniscate", "supcontrast", "relational", "pointnet"), help="the repository, see below"
+    )
     parser.add_argument("--output", metavar="FILE", type=Path, help="where to write, a .safetensors file; by default beside the checkpoint")
     parser.add_argument("--hparams", metavar="JSON", default="{}", help="hyper-parameters that no shape tells, a JSON object")
     parser.add_argument("--full-precision", action="store_true", help="keep float32; by default weights are stored in float16")

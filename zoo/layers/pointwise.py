@@ -101,11 +101,11 @@ def _gradients_of(output: Tensor, inputs: tuple[Tensor, ...], gradient: Tensor) 
 
 
 class _Dense(torch.autograd.Function):
-    """relu(BatchNorm(W x)) for every point; only x and the result are kept for the gradient."""
+    """BatchNorm(W x), or relu of it, for every point; only x and, behind a ReLU, the result are kept for the gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, statistics: tuple[Tensor | None, ...]
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: tuple[Tensor | None, ...]
     ) -> Tensor:
         _, _, mean, variance = statistics
         assert mean is not None
@@ -115,8 +115,10 @@ class _Dense(torch.autograd.Function):
         y = x.new_empty(len(x), len(weight), x.shape[2])
         for part in _blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()):
             torch.matmul(matrix, x[part], out=y[part])
-            y[part].add_(offset).clamp_min_(0)
-        ctx.save_for_backward(x, weight, scale, shift, y, *statistics)
+            y[part].add_(offset)
+            if relu:
+                y[part].clamp_min_(0)
+        ctx.save_for_backward(x, weight, scale, shift, y if relu else None, *statistics)
         ctx.eps = eps
         return y
 
@@ -125,8 +127,9 @@ class _Dense(torch.autograd.Function):
         x, weight, scale, shift, y, *rest = ctx.saved_tensors
         statistics = _Statistics(*rest)
         if torch.is_grad_enabled():  # somebody differentiates the gradient
-            output = F.relu(_plain(x, weight, scale, shift, statistics, ctx.eps))
-            return *_gradients_of(output, (x, weight, scale, shift), gradient), None, None
+            output = _plain(x, weight, scale, shift, statistics, ctx.eps)
+            output = output if y is None else F.relu(output)
+            return *_gradients_of(output, (x, weight, scale, shift), gradient), None, None, None
         inverse = (statistics.variance + ctx.eps).rsqrt()
         factor = scale * inverse
         matrix = weight * factor[:, None]
@@ -134,7 +137,7 @@ class _Dense(torch.autograd.Function):
         back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         blocks = list(_blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()))
         for part in blocks:
-            g = _behind_relu(gradient[part], y[part])
+            g = gradient[part] if y is None else _behind_relu(gradient[part], y[part])
             product += (g @ x[part].mT).sum(dim=0)
             total += g.sum(dim=2).sum(dim=0)
             if back is not None:
@@ -145,7 +148,7 @@ class _Dense(torch.autograd.Function):
             mixing, constant = _input_gradient(total, by_scale, weight, factor, inverse, statistics.center, x.shape[0] * x.shape[2])
             for part in blocks:
                 back[part].add_(constant).sub_(mixing @ x[part])
-        return back, by_weight, by_scale, total, None, None
+        return back, by_weight, by_scale, total, None, None, None
 
 
 class _Maximum(torch.autograd.Function):
@@ -274,7 +277,7 @@ def _argmax(scores: Tensor) -> Tensor:
     return torch.where(last > highest, rest + grouped, place)
 
 
-def linear_batchnorm_relu(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> Tensor:
+def linear_batchnorm(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> Tensor:
     """relu(BatchNorm(W x)) for every point, equal to the plain layers and cheaper.
 
     The batch statistics follow from those of the input: with mean m and covariance S of x over all points of all clouds, a channel w
@@ -285,6 +288,7 @@ def linear_batchnorm_relu(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> Te
         x: `(B, K, N)` float32 or float64, N points of each of B clouds.
         weight: `(C, K)`.
         norm: over C channels, with scale and shift; its mode decides between the statistics of the batch and the running ones.
+        relu: whether a ReLU comes last.
 
     Returns:
         `(B, C, N)`.
@@ -293,10 +297,10 @@ def linear_batchnorm_relu(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> Te
         ValueError: if a training batch has a single point in all, which has no variance.
 
     Example:
-        >>> linear_batchnorm_relu(torch.rand(2, 3, 1024), torch.rand(64, 3), nn.BatchNorm1d(64)).shape
+        >>> linear_batchnorm(torch.rand(2, 3, 1024), torch.rand(64, 3), nn.BatchNorm1d(64)).shape
         torch.Size([2, 64, 1024])
     """
-    return _Dense.apply(x, weight, norm.weight, norm.bias, norm.eps, _statistics(x, weight, norm))
+    return _Dense.apply(x, weight, norm.weight, norm.bias, norm.eps, relu, _statistics(x, weight, norm))
 
 
 def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> Maxima:
@@ -331,9 +335,9 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
 
 
 class PointwiseLayers(nn.Sequential):
-    """Conv1d, BatchNorm1d and ReLU any number of times, fused by `linear_batchnorm_relu`; the state dict is that of `nn.Sequential`.
+    """Conv1d, BatchNorm1d and ReLU any number of times, fused by `linear_batchnorm`; the state dict is that of `nn.Sequential`.
 
-    They are applied one by one where fusing would change what somebody sees: see `fusible`; and under autocast.
+    An `nn.Identity` in the place of a ReLU leaves it out. They are applied one by one where fusing would change what somebody sees: see `fusible`; and under autocast.
 
     Example:
         >>> PointwiseLayers(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())(torch.rand(2, 3, 64)).shape
@@ -343,18 +347,18 @@ class PointwiseLayers(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, K, N)` -> `(B, C, N)`."""
         layers = list(self)
-        for conv, norm, relu in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
-            if fusible(conv, norm, relu) and not torch.is_autocast_enabled(x.device.type):
+        for conv, norm, activation in zip(layers[::3], layers[1::3], layers[2::3], strict=True):
+            if fusible(conv, norm, activation) and not torch.is_autocast_enabled(x.device.type):
                 assert isinstance(conv, nn.Conv1d)
                 assert isinstance(norm, nn.BatchNorm1d)
-                x = linear_batchnorm_relu(x, conv.weight.squeeze(-1), norm)
+                x = linear_batchnorm(x, conv.weight.squeeze(-1), norm, relu=isinstance(activation, nn.ReLU))
             else:
-                x = relu(norm(conv(x)))
+                x = activation(norm(conv(x)))
         return x
 
 
 def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
-    """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU, and take the maximum over the points.
+    """Apply pointwise layers that end in Conv1d, BatchNorm1d and ReLU or Identity, and take the maximum over the points.
 
     The last three are fused by `linear_batchnorm_max`, in float32 also under autocast. They are applied one by one where fusing would
     change what somebody sees: see `fusible`.
@@ -371,18 +375,18 @@ def max_over_points(layers: nn.Sequential, x: Tensor) -> Maxima:
         >>> max_over_points(layers, torch.rand(2, 3, 64)).value.shape
         torch.Size([2, 8])
     """
-    conv, norm, relu = layers[-3:]
-    if not fusible(conv, norm, relu):
+    conv, norm, activation = layers[-3:]
+    if not fusible(conv, norm, activation):
         found = layers(x).max(dim=2)
         return Maxima(found.values, found.indices)
     assert isinstance(conv, nn.Conv1d)
     assert isinstance(norm, nn.BatchNorm1d)
     x = layers[:-3](x)
     with torch.autocast(x.device.type, enabled=False):
-        return linear_batchnorm_max(x.to(conv.weight.dtype), conv.weight.squeeze(-1), norm)
+        return linear_batchnorm_max(x.to(conv.weight.dtype), conv.weight.squeeze(-1), norm, relu=isinstance(activation, nn.ReLU))
 
 
-def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
+def fusible(conv: nn.Module, norm: nn.Module, activation: nn.Module) -> bool:
     """Whether the three are plain layers that nobody watches.
 
     Not so: a hook on one of them or on all modules, another class in the place of one, an export or a compilation, transforms of
@@ -391,7 +395,7 @@ def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
     Args:
         conv: to be a Conv1d of one point.
         norm: to be a BatchNorm1d.
-        relu: to be a ReLU.
+        activation: to be a ReLU, or an Identity.
 
     Returns:
         Whether fusing them changes nothing that somebody sees.
@@ -400,7 +404,7 @@ def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
         >>> fusible(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.GELU())
         False
     """
-    if type(conv) is not nn.Conv1d or type(norm) is not nn.BatchNorm1d or type(relu) is not nn.ReLU:
+    if type(conv) is not nn.Conv1d or type(norm) is not nn.BatchNorm1d or type(activation) not in (nn.ReLU, nn.Identity):
         return False
     if torch.jit.is_tracing() or torch.compiler.is_compiling():  # also while exporting
         return False
@@ -409,7 +413,7 @@ def fusible(conv: nn.Module, norm: nn.Module, relu: nn.Module) -> bool:
     if conv.weight.is_meta or _has_any_global_hook():
         return False
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(layer, name) for layer in (conv, norm, relu) for name in hooks):
+    if any(getattr(layer, name) for layer in (conv, norm, activation) for name in hooks):
         return False
     return (
         conv.kernel_size == (1,)
