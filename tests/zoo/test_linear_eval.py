@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Trainer
+from PIL import Image
 
+import litzoo
 from litzoo import zoo
 from litzoo.zoo.cli import main
 
@@ -51,3 +54,24 @@ def test_linear_evaluation_of_a_checkpoint(name: str, tmp_path: Path, monkeypatc
         if isinstance(value, torch.Tensor) and f"encoder.{key}" in state:
             torch.testing.assert_close(state[f"encoder.{key}"], value, rtol=0, atol=0, equal_nan=True, msg=key)
     assert any(key.startswith("encoder.") for key in state)
+
+
+def test_pictures_of_a_folder_become_what_the_encoder_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("light", "dark"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for index in range(12):
+            value = (200 if name == "light" else 20) + index
+            Image.new("RGB", (20, 24), (value, value // 2, index)).save(tmp_path / "photos" / name / f"{index}.png")
+    encoder = zoo.ImageClassifier(10, image_size=16, backbone="conv4", image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3])
+    litzoo.save(encoder, "encoder.safetensors", {})
+    command = ["fit", "--config", "finetune", "--data.path", "photos", "--model.encoder", "encoder.safetensors"]
+    command += ["--trainer.max_epochs", "1", "--trainer.enable_progress_bar", "false"]
+    assert main(command) == 0
+    run = Path("runs/finetune/version_0")
+    settings = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
+    assert (settings["image_size"], settings["mean"], settings["std"]) == (16, [0.4, 0.5, 0.6], [0.1, 0.2, 0.3])
+    tuned = litzoo.load_encoder(run / "checkpoints" / "last.ckpt")
+    assert tuned.class_names == ["dark", "light"]
+    assert any((tuned.encoder.state_dict()[key] != value).any() for key, value in encoder.state_dict().items() if key.endswith("weight"))
+    assert main([*command, "--data.mean", "[0.1,0.2,0.3]", "--data.std", "[0.1,0.1,0.1]"]) == 2, "what was asked for is not overruled"

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from ..cleaning import SPLITS, CleaningResult, Filter, Scheme, clean_labels
 from ..cleaning_results import apply_verdicts, read_decisions, write_review, write_tables
 from . import CommandError, recipe_names
+from .encoder_data import prepare_images_for
 from .precision import native_precision
 from .training import LINKS, _import_short_names, _Parser, keep_freed_memory
 
@@ -104,6 +105,7 @@ def clean(arguments: list[str]) -> int:
     _import_short_names()
     options = _parse(arguments)
     parts = {part: options[part].as_dict() for part in _PARTS}
+    prepare_images_for((parts["model"].get("init_args") or {}).get("encoder"), parts["data"].get("init_args") or {})
     data = _instantiate("data", parts["data"])
     _check(options, data)
     trainer = _checked_trainer(parts["trainer"], parts["model"])

@@ -14,6 +14,7 @@ from pathlib import Path
 from pydoc import locate
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -23,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
+from .encoder_data import prepare_images_for
 from .next_stage import check_next_stage, run_next_stage
 from .precision import native_precision
 from .runs import (
@@ -109,6 +111,15 @@ class _SharedRun(Callback):
         folder = trainer.strategy.broadcast(self.folder)
         if self.folder is None and folder is not None:
             self.open(trainer, folder)
+
+
+class _SameBuffers(Callback):
+    """Lets every process validate the model that process 0 saves: each has BatchNorm statistics of its own last batch."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
+            for buffer in pl_module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -225,6 +236,7 @@ class LitzooCLI(LightningCLI):
                 self._resumed = resume_point(checkpoint)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
+        prepare_images_for(init_args.get("encoder"), settings.data.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Only now, with model and data made, is it clear that there will be a run.
@@ -246,7 +258,7 @@ class LitzooCLI(LightningCLI):
         if self._resumed is not None and self._old_run is not None:
             self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(self._old_run.glob('config*.yaml')))}.yaml"}
         self._shared = _SharedRun(own_loggers, self._resumed)
-        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches()]
+        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches(), _SameBuffers()]
         if has_run and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LearningRateMonitor())
         made = super().instantiate_trainer(**kwargs)
