@@ -189,7 +189,7 @@ def compare(layout: Layout, network: str, seed: int = 0) -> tuple[LightningModul
         file = Path(folder) / "checkpoint.pth"
         torch.save(published.checkpoint(), file)
         model, card = read_published(file, layout, **published.hparams)
-    print(f"left out: {', '.join(card['left_out'])}" + (f"; {card['note']}" if "note" in card else ""))
+    print(f"left out: {', '.join(card['left_out']) or 'nothing'}" + (f"; {card['note']}" if "note" in card else ""))
     published.module.double()
     model.double()
     with torch.no_grad():

@@ -8,7 +8,9 @@ Layouts, each read as its repository saves it:
   -> `RelationalReasoning`;
 - "pointnet" (yanx27/Pointnet_Pointnet2_pytorch and fxia22/pointnet.pytorch, which call the layers alike), the PointNets for clouds
   of three coordinates: classifiers -> `PointNetClassifier`, yanx27's part and fxia22's dense segmentation -> `PointNetSegmenter`,
-  all of the variant "compact". Their outputs are log-probabilities, litzoo's are logits: equal after a log-softmax.
+  all of the variant "compact". Their outputs are log-probabilities, litzoo's are logits: equal after a log-softmax. Their biases before
+  a BatchNorm become part of its running mean. Their classifiers drop out before the last BatchNorm, litzoo's behind it: the same
+  outputs, but another training. yanx27's parts and classes are in the order of `ShapeNetPartDataModule`.
 """
 
 import importlib
@@ -46,7 +48,6 @@ _BYSTANDERS = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
     "numpy.dtype",
-    "numpy.dtypes.Float64DType",
 )
 # Blocks of each stage, and whether they are bottlenecks.
 _RESNETS: dict[tuple[tuple[int, ...], bool], str] = {
@@ -430,7 +431,7 @@ def _pointnet(state: Mapping[str, Tensor], checkpoint: Mapping[str, Any], hparam
     cloud, local = (2048, (64, 128, 128, 512, 2048)) if has_classes else (1024, (64,))
     first = _matrix(state, f"{conv}1.weight", 3)
     classes = first.shape[1] - cloud - sum(local)
-    if classes < has_classes or (classes > 0) != has_classes or first.shape[2] != 1:
+    if (classes < 1 if has_classes else classes != 0) or first.shape[2] != 1:
         raise WeightsError(f"is not of this layout: {conv}1.weight has the shape {tuple(first.shape)}")
     settings |= {"network": "part", "num_classes": classes} if has_classes else {"network": "semantic", "num_classes": 1}
     settings |= {"num_parts": parts, "part_classes": [-1] * parts, "class_input": has_classes, "dropout": 0.0}

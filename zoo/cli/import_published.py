@@ -17,7 +17,7 @@ layouts:
 
 Sizes follow from the shapes. No shape tells how images were normalised; without it, give predictions normalised images:
   --hparams '{"image_size": 32, "image_mean": [0.4914, 0.4822, 0.4465], "image_std": [0.2023, 0.1994, 0.2010]}'
-Nor does one tell what classes are called:
+Nor does one tell what classes are called, or which class each part belongs to (part_classes):
   --hparams '{"class_names": ["airplane", "bathtub"]}'
 """
 
