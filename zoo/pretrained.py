@@ -89,11 +89,31 @@ def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
     return _to_device(_load_file(_locate(source)), device)
 
 
+def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
+    """Load a model from weights or from a checkpoint of `litzoo fit`.
+
+    Args:
+        source: what `load` takes, or the path of a Lightning `.ckpt`.
+        device: where to put the model.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        WeightsError: if the source cannot be loaded.
+        ValueError: if the device cannot be used.
+
+    Example:
+        >>> model = load_model("runs/pointnet/last.ckpt")
+    """
+    return load_checkpoint(source, device) if Path(source).suffix == ".ckpt" and not _is_hub(source) else load(source, device)
+
+
 def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
     """Load a model that has `encode(input) -> (B, D)`, from weights or from a checkpoint of `litzoo fit`.
 
     Args:
-        source: what `load` takes, or the path of a Lightning `.ckpt`.
+        source: what `load_model` takes.
         device: where to put the model.
 
     Returns:
@@ -106,10 +126,10 @@ def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "c
     Example:
         >>> features = load_encoder("pointnet_furniture").encode(torch.rand(2, 1024, 3))  # (2, 1024)
     """
-    model = load_checkpoint(source) if Path(source).suffix == ".ckpt" and not _is_hub(source) else load(source)
+    model = load_model(source, device)
     if not callable(getattr(model, "encode", None)):
         raise WeightsError(f"{os.fspath(source)} holds a {type(model).__name__}, which has no encode() and cannot serve as an encoder")
-    return _to_device(model, device)
+    return model
 
 
 def resolve_encoder(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[LightningModule, dict[str, Any]]:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from ..batch import Batch
 from ..files import whole_file
+from ..pretrained import load_encoder
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
 
@@ -95,7 +96,7 @@ def embed(arguments: list[str]) -> int:
     )
     for split in splits:
         check_split(data, split)
-    model = load_model(options.model, options.device)
+    model = load_encoder(options.model, options.device)
     check_agreement(model, options.model, data)
     with whole_file(output) as temporary:
         counts = _write(temporary, model, data, splits, options)
@@ -109,13 +110,6 @@ def add_encoding_options(parser: ArgumentParser) -> None:
     help_text = "samples at a time; by default the data's eval_batch_size"
     parser.add_argument("--batch_size", "--batch-size", type=int | None, default=None, help=help_text)
     parser.add_argument("--device", type=str, default=device, help="where the model runs")
-
-
-def load_model(source: str, device: str) -> Any:
-    """The model in evaluation mode."""
-    from ..pretrained import load_encoder
-
-    return load_encoder(source, device)
 
 
 def check_split(data: "ArrayDataModule", split: str) -> None:

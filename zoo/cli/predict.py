@@ -13,7 +13,7 @@ from typing import Any, get_args
 from ...datamodules.meshes import UpAxis
 from ..files import write_file
 from ..functional.points import VoteBy
-from ..pretrained import load, load_checkpoint
+from ..pretrained import load_model
 from . import CommandError
 from .sources import FORMS, POINTS, Kind, Samples, check_sources, classified_kind, complaint, count_samples, find_files, read_samples
 
@@ -135,7 +135,7 @@ def predict(argv: list[str]) -> int:
         raise CommandError(f"--output {output}: you may not write to {output.absolute().parent}, give another folder")
 
     check_sources(arguments.sources)
-    model: Any = load_checkpoint(arguments.model) if arguments.model.endswith(".ckpt") else load(arguments.model)
+    model: Any = load_model(arguments.model)
     kind = classified_kind(model, arguments.model)
     _check_options(arguments, model, kind)
     files = find_files(arguments.sources, kind, arguments.model)

@@ -271,8 +271,10 @@ def _lines(path: Path) -> list[str]:
 
 
 def _add_model(page: "Report", run: Path, data: "ArrayDataModule", options: Any) -> None:
+    from ..pretrained import load_model
+
     checkpoint = _checkpoint(run, options.checkpoint)
-    model = _load(checkpoint, options.device)
+    model = load_model(checkpoint, options.device)
     check_agreement(model, str(checkpoint), data)
     named = list(getattr(model, "class_names", data.class_names))
     if named != data.class_names:
@@ -307,12 +309,6 @@ def _checkpoint(run: Path, which: str) -> Path:
         raise CommandError(f"{run} has no checkpoints/last.ckpt yet: name a file with --checkpoint, or add --log_only")
     place = run.resolve()  # of the folder "." too
     return find_checkpoint(place.parent, which, glob.escape(place.name))
-
-
-def _load(checkpoint: Path, device: str) -> Any:
-    from ..pretrained import load, load_checkpoint
-
-    return (load_checkpoint if checkpoint.suffix == ".ckpt" else load)(checkpoint, device)
 
 
 def _see(model: Any, data: "ArrayDataModule", options: Any) -> _Seen:

@@ -16,10 +16,11 @@ from ..files import write_file
 from ..functional.data_selection import Rank, Selection
 from ..functional.views import ViewPreset
 from ..plots.review import ReviewItem, cloud_png, image_png, sample_picture, write_review_html
+from ..pretrained import load_encoder
 from ..selection import select_samples
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
-from .embed import add_encoding_options, check_agreement, load_model
+from .embed import add_encoding_options, check_agreement
 from .sources import NOUN, POINTS, Kind, check_sources, classified_kind, complaint, count_samples, find_files, read_sample, read_samples
 
 if TYPE_CHECKING:
@@ -138,7 +139,7 @@ def select(arguments: list[str]) -> int:
     options, data = parse_with_data(parser, arguments, "litzoo select takes")
     _check(options, data)
     names = [options.production, *options.models]
-    loaded = [load_model(name, options.device) for name in names]
+    loaded: list[Any] = [load_encoder(name, options.device) for name in names]
     samples: _Folder | _TrainingSamples
     if data is not None:
         for name, model in zip(names, loaded, strict=True):

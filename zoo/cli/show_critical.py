@@ -78,9 +78,9 @@ def show_critical(parser: ArgumentParser, arguments: list[str]) -> int:
 
 def _model(name: str) -> "PointNetClassifier":
     from ..pointnet import PointNetClassifier
-    from ..pretrained import load, load_checkpoint
+    from ..pretrained import load_model
 
-    model: Any = load_checkpoint(name) if name.endswith(".ckpt") else load(name)
+    model: Any = load_model(name)
     if not isinstance(model, PointNetClassifier):
         raise CommandError(f"{name} is a {type(model).__name__}; critical points are those of a PointNetClassifier")
     return model.eval()

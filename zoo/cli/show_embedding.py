@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 import numpy as np
 import torch
 
+from ..pretrained import load_encoder
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
-from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split, load_model
+from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split
 from .runs import run_of
 
 if TYPE_CHECKING:
@@ -157,7 +158,7 @@ def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") 
 
 
 def _encode(source: str, name: str, options: Any, data: "ArrayDataModule") -> _Source:
-    model = load_model(source, options.device)
+    model = load_encoder(source, options.device)
     check_agreement(model, source, data)
     if options.features == "forward" and hasattr(model, "predict"):
         raise CommandError(f"{source} has no embedding, because {type(model).__name__} classifies: leave out --features forward")
