@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import count_unlabelled, input_and_label
+from .epoch_mean import log_epoch_mean
 from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
 from .layers.classification_metrics import classification_metrics
 from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead, RescaledHead
@@ -419,7 +420,7 @@ class EncoderClassifier(LightningModule):
         logits = self(inputs) if cache is None else self.head(cache.seen(batch, batch_idx, self.encode))
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
-        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/loss", F.cross_entropy(logits.float(), label), len(label), prog_bar=True)
         return {"logits": logits, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

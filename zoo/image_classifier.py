@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import Batch, count_unlabelled, input_and_label
+from .epoch_mean import log_epoch_mean
 from .functional.classification import ClassWeights, make_class_weights
 from .functional.mixing import mix_images
 from .image_input import ImageInput
@@ -179,7 +180,7 @@ class ImageClassifier(LightningModule):
         logits = self(images)
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
-        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/loss", F.cross_entropy(logits.float(), label), len(label), prog_bar=True)
         return {"logits": logits, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .batch import Batch
+from .epoch_mean import log_epoch_mean
 from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 from .functional.nearest_neighbours import Scores, knn_predict
 from .functional.random import fold_in, global_seed, integers
@@ -328,7 +329,7 @@ class InstanceDiscrimination(LightningModule):
             query = features.float().nan_to_num(0.0, 0.0, 0.0)  # of a training that diverged, no neighbour is right
             found = knn_predict(query, rows, row_label, min(self.knn, len(rows)), self.temperature, classes)
             right, known = (found == label) & features.isfinite().all(dim=1), int((label >= 0).sum())
-            self.log(f"{stage}/knn_bank", right.sum() / max(known, 1), prog_bar=True, batch_size=known, sync_dist=True)
+            log_epoch_mean(self, f"{stage}/knn_bank", right.sum() / max(known, 1), known, prog_bar=True)
         return {"embedding": features, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

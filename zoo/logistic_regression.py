@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from .batch import input_and_label
+from .epoch_mean import log_epoch_mean
 from .layers.classification_metrics import classification_metrics
 from .optimization import configure_optimizer
 
@@ -79,7 +80,7 @@ class LogisticRegression(LightningModule):
         logits = self(x)
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
-        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), batch_size=len(label), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/loss", F.cross_entropy(logits.float(), label), len(label))
         return {"logits": logits, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .batch import input_and_label
+from .epoch_mean import log_epoch_mean
 from .functional.classification import ClassWeights, focal_cross_entropy, make_class_weights, orthogonality_penalty
 from .functional.points import Normalization, VoteBy, voting_views
 from .functional.views import log_mean_probability
@@ -290,7 +291,7 @@ class PointNetClassifier(LightningModule):
         logits = self(points) if stage == "val" else self._vote(points, self.votes, self.vote_by)
         metrics = self.val_metrics if stage == "val" else self.test_metrics
         metrics.update(logits, label)
-        self.log(f"{stage}/loss", F.cross_entropy(logits.float(), label), prog_bar=True, batch_size=len(label), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/loss", F.cross_entropy(logits.float(), label), len(label), prog_bar=True)
         return {"logits": logits, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
 
 from .batch import Batch
+from .epoch_mean import log_epoch_mean
 from .functional.classification import orthogonality_penalty
 from .functional.points import Normalization, normalize_points
 from .layers.modes import evaluating
@@ -274,7 +275,7 @@ class PointNetSegmenter(LightningModule):
         found = self._best(logits, label)
         (self.val_metrics if stage == "val" else self.test_metrics).update(found, part, label)
         loss = _cross_entropy(logits, part)
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=len(label), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/loss", loss, len(label), prog_bar=True)
         return {"part": part, "part_prediction": found, "label": label}
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:

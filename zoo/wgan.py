@@ -10,6 +10,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from .batch import Batch
+from .epoch_mean import log_epoch_mean
 from .functional.adversarial import critic_loss, generator_loss, interpolated_gradient_norms, norm_penalty
 from .functional.random import fold_in, global_seed, normal
 from .image_input import ImageInput
@@ -253,7 +254,7 @@ class WGAN(LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, stage: Literal["val", "test"]) -> None:
         images, key = self._images_and_key(batch, batch_idx)
         distance = -critic_loss(self.critic(images), self.critic(self(self._latent(key))))
-        self.log(f"{stage}/wasserstein", distance, prog_bar=True, batch_size=len(images), sync_dist=True)
+        log_epoch_mean(self, f"{stage}/wasserstein", distance, len(images), prog_bar=True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate(batch, batch_idx, "val")

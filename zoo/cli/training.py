@@ -21,6 +21,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ... import callbacks, datamodules, zoo
 from . import CommandError, is_config
@@ -113,12 +114,12 @@ class _SharedRun(Callback):
             self.open(trainer, folder)
 
 
-class _SameBuffers(Callback):
-    """Lets every process validate the model that process 0 saves: each has BatchNorm statistics of its own last batch."""
+class _SameStatistics(Callback):
+    """Lets every process validate the model that process 0 saves: under DDP each has BatchNorm statistics of its own last batch."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.world_size > 1 and torch.distributed.is_available() and torch.distributed.is_initialized():
-            for buffer in pl_module.buffers():
+        for module in pl_module.modules() if trainer.world_size > 1 else ():
+            for buffer in module.buffers(recurse=False) if isinstance(module, _BatchNorm) else ():
                 torch.distributed.broadcast(buffer, src=0)
 
 
@@ -258,7 +259,7 @@ class LitzooCLI(LightningCLI):
         if self._resumed is not None and self._old_run is not None:
             self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(self._old_run.glob('config*.yaml')))}.yaml"}
         self._shared = _SharedRun(own_loggers, self._resumed)
-        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches(), _SameBuffers()]
+        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches(), _SameStatistics()]
         if has_run and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LearningRateMonitor())
         made = super().instantiate_trainer(**kwargs)
