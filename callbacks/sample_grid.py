@@ -13,7 +13,7 @@ from torch import Tensor
 from ..zoo.layers.modes import evaluating
 from .features import inputs_of
 from .guards import refuse
-from .pictures import hand_over, raw_images
+from .pictures import EvenlySpread, hand_over, raw_images
 from .predictions import output_folder
 
 
@@ -22,8 +22,8 @@ class SampleGrid(Callback):
 
     The images are what `pl_module.sample(number, seed)` gives, `(B, C, H, W)` in [0, 1], as that of `WGAN`; always of the same seed, so the
     pictures show how the same noise becomes an image. `samples/epoch_009.png` in the run's folder is that of the tenth epoch,
-    `samples/test.png` that of a test. Real images are those of the first evaluation batch, or until there is one of the last training
-    batch of the first epoch, shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows
+    `samples/test.png` that of a test. Real images are spread evenly over the evaluation samples, or until there are such over the last training
+    batch of the first epoch, and shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows
     logged numbers over the epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
 
     Images are generated in evaluation mode, at the end of the validation or, if there is none, of the epoch, by the first process alone:
@@ -54,7 +54,7 @@ class SampleGrid(Callback):
         self.every_n_epochs = every_n_epochs
         self.seed = seed
         self.curve = list(curve)
-        self._real: Tensor | None = None
+        self._real: EvenlySpread[Tensor] = EvenlySpread(number)
         self._drawn: int | None = None
         # Of each name: epochs and values.
         self._points: dict[str, tuple[list[int], list[float]]] = {}
@@ -67,7 +67,7 @@ class SampleGrid(Callback):
                 f"needs images that {type(pl_module).__name__} generates, which has no sample",
                 "define sample(self, number, seed) -> images (number, channels, height, width) in [0, 1], or leave the callback out",
             )
-        self._real, self._drawn = None, None
+        self._real, self._drawn = EvenlySpread(self.number), None
         if stage == "fit":
             self._points, self._seen = {}, {}
 
@@ -77,20 +77,26 @@ class SampleGrid(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._points = {name: (list(epochs), list(values)) for name, (epochs, values) in state_dict["points"].items()}
 
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._real = EvenlySpread(self.number)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._real = EvenlySpread(self.number)
+
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
+        if dataloader_idx == 0:
             self._keep(pl_module, batch)
 
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if batch_idx == 0 and dataloader_idx == 0:
+        if dataloader_idx == 0:
             self._keep(pl_module, batch)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.is_last_batch and self._real is None:
+        if trainer.is_last_batch and not self._real.chosen():
             self._keep(pl_module, batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -138,7 +144,7 @@ class SampleGrid(Callback):
             images = inputs_of(pl_module, batch)
             images = images.flatten(0, -4) if images.dim() > 4 else images
             if images.dim() == 4:
-                self._real = images[: self.number].detach().cpu()
+                self._real.offer(len(images), lambda row: images[row].detach().cpu())
 
     def _draw(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Every process must call it."""
@@ -150,9 +156,8 @@ class SampleGrid(Callback):
         from ..zoo.plots.samples import plot_samples
 
         images = self._sample(trainer, pl_module)
-        real = images[:0] if self._real is None else raw_images(trainer, pl_module, self._real).numpy()
-        if real.shape[1:3] != images.shape[1:3]:
-            real = images[:0]
+        alike = [image for image in self._real.chosen() if image.shape[1:] == images.shape[1:3]]
+        real = raw_images(trainer, pl_module, torch.stack(alike)).numpy() if alike else images[:0]
         title = f"epoch {trainer.current_epoch}" if name.startswith("epoch") else name
         figure = plot_samples(images, real, f"{title}, seed {self.seed}")
         save_figure(figure, path)

@@ -23,8 +23,8 @@ def plot_samples(generated: Sequence[np.ndarray] | np.ndarray, real: Sequence[np
 
     Args:
         generated: N images `(H, W, C)`, uint8 or floats in [0, 1], with C = 1 or 3, all of one size.
-        real: images of the same size, in full columns, a quarter as many as those of the generated ones, at least one; the others are
-            not drawn.
+        real: images of the same size, in full columns, a quarter as many as those of the generated ones, at least one; of more, evenly
+            spread ones.
         title: for the upper left corner.
 
     Returns:
@@ -43,7 +43,8 @@ def plot_samples(generated: Sequence[np.ndarray] | np.ndarray, real: Sequence[np
     blocks = {f"{len(generated)} generated": _mosaic(generated, columns, rows)}
     wide = min(max(1, columns // 4), len(real) // rows)
     if wide:
-        blocks[f"{wide * rows} real"] = _mosaic(real[: wide * rows], wide, rows)
+        spread = np.linspace(0, len(real) - 1, wide * rows).round().astype(int)
+        blocks[f"{wide * rows} real"] = _mosaic([real[place] for place in spread], wide, rows)
     widths = [block.shape[1] / block.shape[0] * rows * _SIDE for block in blocks.values()]
     texts = [text_width([name], _FONT) for name in blocks]
     # A narrow block has a wide name.
