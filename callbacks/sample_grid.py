@@ -20,11 +20,12 @@ from .predictions import output_folder
 class SampleGrid(Callback):
     """Writes pictures of generated images, beside real ones, in the course of a training.
 
-    The images are what `pl_module.sample(number, seed)` gives, `(B, C, H, W)` in [0, 1], as that of `WGAN`; always of the same seed, so the
-    pictures show how the same noise becomes an image. `samples/epoch_009.png` in the run's folder is that of the tenth epoch,
-    `samples/test.png` that of a test. Real images are spread evenly over the evaluation samples, or until there are such over the last training
-    batch of the first epoch, and shown as they were before normalisation, as by `NeighbourGallery`. With `curve`, `samples/curve.png` shows
-    logged numbers over the epochs. The pictures also go to every logger that takes pictures, as that of `ConfusionMatrixPlot`.
+    The images are what `pl_module.sample(number, seed)` gives, `(B, C, H, W)` in [0, 1], as that of `WGAN`; always of the same seed, so
+    the pictures show how the same noise becomes an image. `samples/epoch_009.png` in the run's folder is that of the tenth epoch,
+    `samples/test.png` that of a test. Real images are spread evenly over the evaluation samples, or until there are such over the last
+    training batch of the first epoch, and shown as they were before normalisation, as by `NeighbourGallery`. With `curve`,
+    `samples/curve.png` shows logged numbers over the epochs. The pictures also go to every logger that takes pictures, as that of
+    `ConfusionMatrixPlot`.
 
     Images are generated in evaluation mode, at the end of the validation or, if there is none, of the epoch, by the first process alone:
     the module's `sample` must not communicate with other processes. The sanity check draws nothing. Its state is the points of the

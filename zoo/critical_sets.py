@@ -14,10 +14,11 @@ _BLOCK = 1 << 14
 def critical_points(model: nn.Module, points: Tensor) -> list[Tensor]:
     """The points of each cloud that decide the model's answer: without all others the logits stay the same.
 
-    PointNet sees a cloud only through maxima over its points. A point is critical if it attains one of them, in a channel that is
-    not cut off by its ReLU: C_S = {argmax_i h_k(x_i) : max_i h_k(x_i) > 0}; where no ReLU comes before the maximum, in any channel. The maxima inside the T-Nets count as well, because
-    their transforms change with their own winners; so the answer stays the same for every T with C_S <= T <= S, not only with the
-    transforms held fixed. Of points that are equal in a channel one is taken. At most 1024 points for each maximum.
+    PointNet sees a cloud only through maxima over its points. A point is critical if it attains one of them, in a channel that is not cut
+    off by its ReLU: C_S = {argmax_i h_k(x_i) : max_i h_k(x_i) > 0}; where no ReLU comes before the maximum, in any channel. The maxima
+    inside the T-Nets count as well, because their transforms change with their own winners; so the answer stays the same for every T with
+    C_S <= T <= S, not only with the transforms held fixed. Of points that are equal in a channel one is taken. At most 1024 points for
+    each maximum.
 
     Args:
         model: a `PointNetClassifier`, or another module with a `PointNet` as its `backbone`.

@@ -337,7 +337,8 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
 class PointwiseLayers(nn.Sequential):
     """Conv1d, BatchNorm1d and ReLU any number of times, fused by `linear_batchnorm`; the state dict is that of `nn.Sequential`.
 
-    An `nn.Identity` in the place of a ReLU leaves it out. They are applied one by one where fusing would change what somebody sees: see `fusible`; and under autocast.
+    An `nn.Identity` in the place of a ReLU leaves it out. They are applied one by one where fusing would change what somebody sees: see
+    `fusible`; and under autocast.
 
     Example:
         >>> PointwiseLayers(nn.Conv1d(3, 8, 1, bias=False), nn.BatchNorm1d(8), nn.ReLU())(torch.rand(2, 3, 64)).shape
