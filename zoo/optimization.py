@@ -18,7 +18,8 @@ class WarmupCosineLR(LambdaLR):
     factor(t) = (t + 1) / (W + 1) for t < W, then f + (1 - f) (1 + cos(pi (t - W) / (T - W))) / 2,
     with T training steps, W = warmup T of them warm-up, and final factor f.
 
-    T is taken from the trainer, so it follows `--trainer.max_epochs`; outside of litzoo's models give `total_steps`.
+    T is taken from the trainer, so it follows `--trainer.max_epochs`, also where a training is resumed with another one; outside of
+    litzoo's models give `total_steps`.
 
     Args:
         optimizer: whose learning rates to scale.
@@ -61,6 +62,13 @@ class WarmupCosineLR(LambdaLR):
         for group, base, factor in zip(self.optimizer.param_groups, self.base_lrs, self.lr_lambdas, strict=True):
             group["lr"] = base * factor(self.last_epoch)
         self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a checkpoint; where the training is longer or shorter now, with the rates of one that always was."""
+        total_steps = self.total_steps
+        super().load_state_dict(state_dict)
+        if total_steps is not None and total_steps != self.total_steps:
+            self.set_total_steps(total_steps)
 
 
 class TimmOptimizer(Optimizer):

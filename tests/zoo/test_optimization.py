@@ -159,6 +159,12 @@ def test_resume_goes_on(scheduler: Any, tmp_path: Path) -> None:
         assert torch.equal(resumed.weight, whole.weight)
 
 
+def test_a_longer_training_goes_on_with_its_own_rates(tmp_path: Path) -> None:
+    fit(Line(warmup_cosine), tmp_path, callbacks=[ModelCheckpoint(tmp_path, filename="{epoch}", save_top_k=-1)], max_epochs=2)
+    resumed = fit(Line(warmup_cosine), tmp_path, tmp_path / "epoch=1.ckpt", max_epochs=5)
+    assert resumed.rates == fit(Line(warmup_cosine), tmp_path, max_epochs=5).rates[2 * BATCHES :]
+
+
 @pytest.mark.parametrize(("name", "made"), [("sgd", SGD), ("adan", timm.optim.Adan), ("lookahead_radam", timm.optim.Lookahead)])
 def test_timm_optimizers_by_name(name: str, made: type) -> None:
     """The object is timm's own, with its groups, and a scheduler knows it."""
