@@ -33,7 +33,7 @@ def test_documents_name_recipes_scripts_and_benchmarks_that_exist(name: str) -> 
     from litzoo.zoo.cli import recipe_names
 
     text = TEXTS[name]
-    assert set(re.findall(r"--config ([a-z]\w+)(?![\w.])", text)) <= set(recipe_names())
+    assert set(re.findall(r"--config ([a-z]\w+)(?![\w./])", text)) <= set(recipe_names())
     for script in set(re.findall(r"scripts/\w+\.py", text)):
         assert (ROOT / script).is_file(), script
     benchmarks = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "scripts" / "benchmark_cases").glob("*.py"))

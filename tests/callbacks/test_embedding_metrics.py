@@ -205,7 +205,7 @@ def test_mistakes(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=match):
             EmbeddingMetrics(**settings)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="once only"):
+    with pytest.raises(TypeError, match="only once"):
         EmbeddingMetrics(reference="train", reference_loader=iter(batches(3)))
     with pytest.raises(MisconfigurationException, match="EmbeddingMetrics has no training samples to compare with"):
         make_trainer(tmp_path, EmbeddingMetrics(reference="train")).fit(Net(), Loader(batches(0)), Loader(batches(9, 2)))
