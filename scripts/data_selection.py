@@ -12,32 +12,23 @@ What is done is kept in the folder of `--runs`, and the same command goes on whe
 """
 
 import argparse
-import json
-import logging
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from experiments import SILENT, claim_folder, keep, kept, silence_lightning, spread
 from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 
 from litzoo.datamodules import DigitsDataModule, HDF5ImagesDataModule
 from litzoo.datamodules.splits import TRAIN, UNUSED
 from litzoo.zoo import ImageClassifier, select_samples
-from litzoo.zoo.files import write_file
 from litzoo.zoo.functional.random import fold_in, random_order
 
 # Numbers that keep the streams of one seed apart.
 _LABELS, _MODEL, _POOL = 1, 2, 3
-_SILENT: dict[str, Any] = {
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 
 class Experiment:
@@ -79,29 +70,24 @@ class Experiment:
             data.image_std,
             optimizer=lambda params: torch.optim.SGD(params, lr=options.lr, momentum=0.9, weight_decay=5e-4, nesterov=True),
         )
-        Trainer(max_steps=options.steps, max_epochs=-1, limit_val_batches=0, devices=1, **_SILENT).fit(model, datamodule=data)
+        Trainer(max_steps=options.steps, max_epochs=-1, limit_val_batches=0, **SILENT).fit(model, datamodule=data)
         return model.eval()
 
     def accuracy(self, model: ImageClassifier) -> float:
         """On the test set."""
-        return float(Trainer(devices=1, **_SILENT).test(model, datamodule=self.data, verbose=False)[0]["test/accuracy"])
+        return float(Trainer(**SILENT).test(model, datamodule=self.data, verbose=False)[0]["test/accuracy"])
 
-    def kept(self, name: str) -> dict[str, Any] | None:
-        path = self.options.runs / f"{name}.json"
-        return json.loads(path.read_text()) if path.is_file() else None
-
-    def keep(self, name: str, result: dict[str, Any]) -> dict[str, Any]:
-        write_file(self.options.runs / f"{name}.json", json.dumps(result).encode())
-        return result
+    def path(self, name: str) -> Path:
+        return Path(self.options.runs) / f"{name}.json"
 
     def scored(self, name: str, labelled: Tensor, seed: int) -> float:
         """Test accuracy of one model on these labels."""
-        found = self.kept(name) or self.keep(name, {"accuracy": self.accuracy(self.train(labelled, seed, 0))})
+        found = kept(self.path(name)) or keep(self.path(name), {"accuracy": self.accuracy(self.train(labelled, seed, 0))})
         return float(found["accuracy"])
 
     def selected(self, name: str, labelled: Tensor, seed: int, turn: int) -> dict[str, Any]:
         """Test accuracy of the production model on these labels, and the samples whose labels come next."""
-        found = self.kept(name)
+        found = kept(self.path(name))
         if found is not None:
             return found
         options = self.options
@@ -120,7 +106,7 @@ class Experiment:
             result["left_out"] = float(choice.left_out.float().mean())
             result["left_out_right"] = float(right[choice.left_out].float().mean()) if len(known) else None
             result["proposals_right"] = float(right[choice.order].float().mean()) if len(queue) else None
-        return self.keep(name, result)
+        return keep(self.path(name), result)
 
     def run(self, seed: int) -> dict[str, Any]:
         """All trainings of a seed: `selected` and `random`, number of labels -> accuracy, and `rounds`, what the selections said."""
@@ -164,12 +150,6 @@ def labels_needed(curve: dict[int, float], accuracy: float) -> float:
     low, high = best[above - 1], best[above]
     share = (accuracy - low) / (high - low)
     return float(np.exp((1 - share) * np.log(sizes[above - 1]) + share * np.log(sizes[above])))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Mean and standard error in words; the mean alone of one value."""
-    mean = f"{np.mean(values):,.{digits}f}"
-    return f"{mean} ± {np.std(values, ddof=1) / np.sqrt(len(values)):,.{digits}f}" if len(values) > 1 else mean
 
 
 def report(results: list[dict[str, Any]]) -> str:
@@ -228,17 +208,11 @@ def main() -> None:
     parser.add_argument("--rank", default="disagreement", choices=["disagreement", "entropy", "margin"])
     parser.add_argument("--runs", type=Path, default=Path("runs/data_selection"))
     options = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    silence_lightning()
     experiment = Experiment(options)
     if options.start + options.step * options.rounds > len(experiment.pool):
         parser.error(f"{options.start} + {options.rounds} x {options.step} labels are more than the {len(experiment.pool)} that there are")
-    settings = {name: value for name, value in vars(options).items() if name not in ("runs", "seeds")}
-    before = experiment.kept("settings") or experiment.keep("settings", settings)
-    if before != settings:
-        changed = ", ".join(name for name in settings if before.get(name) != settings[name])
-        parser.error(f"{options.runs} holds results of another {changed}: give another folder with --runs")
+    claim_folder(parser, options)
     results = [experiment.run(seed) for seed in range(options.seeds)]
     print(report(results))
 

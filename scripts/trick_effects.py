@@ -11,10 +11,7 @@ What is done is kept in the folder of `--runs`, and the same command goes on whe
 """
 
 import argparse
-import json
-import logging
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from experiments import SILENT, claim_folder, keep, kept, silence_lightning, spread
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -36,7 +34,6 @@ from litzoo.zoo.functional.subsets import stratified_subset
 PLAIN = "plain"
 # Of a ResNet for small images, from the input to the output.
 STAGES = [r"backbone\.(conv1|bn1)", r"blocks\.0", r"blocks\.1", r"blocks\.2", r"head"]
-_SILENT: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "devices": 1}
 
 
 class Trick(NamedTuple):
@@ -144,9 +141,8 @@ class Experiment:
                 default_root_dir=folder,
                 precision=options.precision,
                 accelerator=options.accelerator,
-                enable_checkpointing=trick.validates,
                 limit_val_batches=1.0 if trick.validates else 0,
-                **_SILENT,
+                **(SILENT | {"enable_checkpointing": trick.validates}),
             )
             trainer.fit(model, datamodule=data)
             average = next((str(each.average_path) for each in own if isinstance(each, callbacks.CheckpointAverage)), None)
@@ -156,7 +152,7 @@ class Experiment:
     def run(self, seed: int) -> dict[str, float]:
         """Test accuracy of each trick."""
         path = self.options.runs / f"seed_{seed}.json"
-        accuracy: dict[str, float] = json.loads(path.read_text()) if path.is_file() else {}
+        accuracy: dict[str, float] = kept(path) or {}
         tested = [name for name, trick in TRICKS.items() if not trick.trains]
         for name, trick in TRICKS.items():
             if not trick.trains or (name in accuracy and (name != PLAIN or all(each in accuracy for each in tested))):
@@ -168,20 +164,12 @@ class Experiment:
                         callbacks=TRICKS[each].callbacks(),
                         precision=self.options.precision,
                         accelerator=self.options.accelerator,
-                        **_SILENT,
+                        **SILENT,
                     )
                     accuracy[each] = float(trainer.test(model, datamodule=data, verbose=False)[0]["test/accuracy"])
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(accuracy))
-            temporary.replace(path)
+            keep(path, accuracy)
             print(f"{time.strftime('%H:%M:%S')} seed {seed}, {name}: {accuracy[name]:.4f}", flush=True)
         return accuracy
-
-
-def spread(values: np.ndarray, sign: str = "") -> str:
-    """Mean and standard error in points; the mean alone of one value."""
-    mean = f"{100 * values.mean():{sign}.1f}"
-    return f"{mean} ± {100 * values.std(ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else mean
 
 
 def report(results: list[dict[str, float]]) -> str:
@@ -197,8 +185,8 @@ def report(results: list[dict[str, float]]) -> str:
     plain = np.array([result[PLAIN] for result in results])
     for name in TRICKS:
         values = np.array([result[name] for result in results])
-        effect = "" if name == PLAIN else spread(values - plain, "+")
-        lines.append(f"| {name if name == PLAIN else f'`{name}`'} | {spread(values)} | {effect} |")
+        effect = "" if name == PLAIN else spread(100 * (values - plain), 1, "+")
+        lines.append(f"| {name if name == PLAIN else f'`{name}`'} | {spread(100 * values, 1)} | {effect} |")
     lines.append(f"mean ± standard error, {len(results)} seeds")
     return "\n".join(lines)
 
@@ -217,18 +205,9 @@ def main() -> None:
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--runs", type=Path, default=Path("runs/trick_effects"))
     options = parser.parse_args()
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    silence_lightning()
     options.precision = native_precision(options.accelerator)
-    options.runs.mkdir(parents=True, exist_ok=True)
-    settings = {name: value for name, value in vars(options).items() if name not in ("runs", "seeds")}
-    kept = options.runs / "settings.json"
-    before = json.loads(kept.read_text()) if kept.is_file() else settings
-    if before != settings:
-        changed = ", ".join(name for name in settings if before.get(name) != settings[name])
-        parser.error(f"{options.runs} holds results of another {changed}: give another folder with --runs")
-    kept.write_text(json.dumps(settings))
+    claim_folder(parser, options)
     experiment = Experiment(options)
     print(report([experiment.run(seed) for seed in range(options.seeds)]))
 
