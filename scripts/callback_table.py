@@ -24,9 +24,8 @@ def table() -> str:
         for name, row in ROWS.items():
             if condition in row.refuses:
                 refused.setdefault(row.reason[condition], []).append(f"`{name}`")
-        right = [f"`{name}`" for name, row in ROWS.items() if condition not in row.refuses]
         reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refused.items())
-        lines.append(f"| {text} | {'all' if not refused else ', '.join(right)} | {reasons or 'none'} |")
+        lines.append(f"| {text} | {'all others' if refused else 'all'} | {reasons or 'none'} |")
     return "\n".join(lines)
 
 
