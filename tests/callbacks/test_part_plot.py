@@ -116,7 +116,7 @@ def test_names_of_more_classes_than_there_are_objects_of(tmp_path: Path, monkeyp
     titles: list[str] = []
     monkeypatch.setattr(parts, "plot_part_labels", lambda *arguments: titles.extend(arguments[3]) or new_figure(1, 1))
     trainer = make_trainer(tmp_path)
-    trainer.callbacks = [PartPlot(class_names=["chair", "knife", "lamp"])]  # type: ignore[attr-defined]
+    trainer.callbacks = [PartPlot(class_names=["chair", "knife", "lamp"])]  # type: ignore[attr-defined]  # Lightning sets it in a connector
     trainer.test(Heights(), DataLoader(dataset(), 4), verbose=False)
     assert [title.splitlines()[0] for title in titles] == ["chair", "knife"]
 
