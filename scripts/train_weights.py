@@ -20,9 +20,10 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 
 from litzoo import __version__
+from litzoo.callbacks import KNNMonitor
 from litzoo.zoo import pretrained
 from litzoo.zoo.cli import CommandError, recipe_path
 from litzoo.zoo.files import write_file
@@ -100,11 +101,16 @@ def build_data(config: dict[str, Any]) -> LightningDataModule:
     return data
 
 
-def score(model: LightningModule, data: LightningDataModule) -> tuple[dict[str, float], int]:
+def judges(config: dict[str, Any]) -> list[Callback]:
+    """The callbacks of a run that score features, for models without a classifier."""
+    listed = config["trainer"].get("callbacks") or []
+    return [KNNMonitor(**(each.get("init_args") or {})) for each in listed if each["class_path"].endswith(".KNNMonitor")]
+
+
+def score(model: LightningModule, data: LightningDataModule, callbacks: list[Callback]) -> tuple[dict[str, float], int]:
     """Metrics on the test split, without their `test/`, and the number of samples in it."""
-    trainer = Trainer(
-        accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-    )
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", devices=1, callbacks=callbacks, **off)
     values = trainer.test(model, data, verbose=False)[0]
     samples = sum(len(batch[1]) for batch in data.test_dataloader())
     return {name.removeprefix("test/"): round(float(value), 6) for name, value in values.items()}, samples
@@ -173,7 +179,7 @@ def make(recipe: Path, run: Run, name: str, texts: dict[str, str | None]) -> dic
     with tempfile.TemporaryDirectory(dir=weights, prefix=".") as folder:  # the same file system, so that it can be moved
         stored = Path(folder) / f"{name}.safetensors"
         pretrained.save(model, stored, card, half=True)
-        metrics, samples = score(pretrained.load(stored), data)
+        metrics, samples = score(pretrained.load(stored), data, judges(config))
         card |= {"metrics": metrics, "test_samples": samples}
         pretrained.save(model, stored, card, half=True)
         os.replace(stored, weights / stored.name)
