@@ -52,7 +52,7 @@ def _row(name: str, entry: dict[str, Any], weights: Path) -> tuple[str, ...]:
             f"{metrics} ({card['test_samples']:,} test samples)",
             _size(card["params"], ("", "k", "M", "G")),
             _size(file.stat().st_size, ("B", "kB", "MB", "GB")),
-            f"[{card['recipe']}](zoo/configs/{card['recipe']}.yaml)",
+            f"[{card['recipe']}](zoo/configs/{card['recipe']}.yaml)" + (f" `{card['options']}`" if card.get("options") else ""),
             str(card["seed"]),
             f"{card['epochs']}, chosen by {card['selected_by']}",
             f"{card['minutes']:.1f} min, {card['machine']}",

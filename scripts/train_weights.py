@@ -1,12 +1,13 @@
 """Make trained weights: run a recipe, take the checkpoint that validation chose, store it in float16, score that file once.
 
-python scripts/train_weights.py RECIPE [--output-name NAME] [--runs DIR | --run DIR]
+python scripts/train_weights.py RECIPE [--output-name NAME] [--runs DIR | --run DIR [--machine TEXT]]
 """
 
 import argparse
-import csv
+import contextlib
 import hashlib
 import inspect
+import io
 import json
 import os
 import subprocess
@@ -29,6 +30,8 @@ from litzoo.zoo.cli import CommandError, recipe_path
 from litzoo.zoo.files import write_file
 
 ROOT = Path(__file__).resolve().parent.parent
+# The settings that decide what is learned; others say where files lie and what is shown, or are told otherwise on the card.
+_TRAINING = ("trainer.precision", "trainer.max_epochs", "trainer.gradient", "trainer.accumulate", "model.", "data.batch_size", "data.views")
 
 
 @dataclass(frozen=True)
@@ -61,15 +64,14 @@ def finished_run(folder: Path, minutes: float | None = None) -> Run:
 
     Args:
         folder: `ROOT/NAME/version_N`.
-        minutes: of the fit; None takes the time from the writing of config.yaml to that of the last metrics.
+        minutes: of the fit; None takes the time from the writing of config.yaml to that of the last checkpoint.
 
     Raises:
         CommandError: if the run has no checkpoint or no configuration, was resumed or selected nothing.
     """
-    config, metrics = folder / "config.yaml", folder / "metrics.csv"
-    last = folder / "checkpoints" / "last.ckpt"
-    if not last.is_file() or not config.is_file() or not metrics.is_file():
-        raise CommandError(f"{folder} is not a run of `litzoo fit`: it lacks config.yaml, metrics.csv or checkpoints/last.ckpt")
+    config, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    if not last.is_file() or not config.is_file():
+        raise CommandError(f"{folder} is not a run of `litzoo fit`: it lacks config.yaml or checkpoints/last.ckpt")
     if minutes is None and list(folder.glob("config_resumed_*.yaml")):
         raise CommandError(f"{folder} was resumed, so its files do not tell how long it trained: train the recipe in one go")
     checkpoint = torch.load(last, map_location="cpu", weights_only=True)
@@ -87,10 +89,31 @@ def finished_run(folder: Path, minutes: float | None = None) -> Run:
             f"{folder} chose its checkpoint by {monitor}, which is not a validation metric: weights are chosen on validation"
         )
     if minutes is None:
-        minutes = (metrics.stat().st_mtime - config.stat().st_mtime) / 60
-    with metrics.open(newline="", encoding="utf-8") as file:
-        epochs = max(int(row["epoch"]) for row in csv.DictReader(file) if row.get("epoch")) + 1
-    return Run(folder, minutes, best, epochs, monitor)
+        minutes = (last.stat().st_mtime - config.stat().st_mtime) / 60
+    return Run(folder, minutes, best, checkpoint["epoch"] + 1, monitor)
+
+
+def leaves(settings: Any, name: str = "") -> dict[str, Any]:
+    """A nested configuration as `a.b.c` -> value, without the levels that the command line leaves out."""
+    if not isinstance(settings, dict):
+        return {name: settings}
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= leaves(value, name if key == "init_args" else f"{name}.{key}".lstrip("."))
+    return found
+
+
+def options(config: dict[str, Any], recipe: Path) -> str:
+    """What a run's command line changed of its recipe's training, as options of `litzoo fit`; where the data lie is left out."""
+    from litzoo.zoo.cli.training import train
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        train(["fit", "--config", str(recipe), "--print_config"])
+    planned = leaves(yaml.safe_load(printed.getvalue()))
+    changed = {name: value for name, value in leaves(config).items() if name in planned and planned[name] != value}
+    said = {name: value for name, value in changed.items() if name.startswith(_TRAINING) and name != "model.encoder"}
+    return " ".join(f"--{name} {value}" for name, value in said.items())
 
 
 def build_data(config: dict[str, Any]) -> LightningDataModule:
@@ -148,7 +171,8 @@ def make(recipe: Path, run: Run, name: str, texts: dict[str, str | None]) -> dic
         recipe: the recipe that was run.
         run: the finished run.
         name: name of the weights.
-        texts: "summary", "task", "data" and "licence" of the card; None takes the recipe's or the class's own words.
+        texts: "summary", "task", "data", "licence" and "machine" of the card; None takes the recipe's or the class's own words,
+            and this machine.
 
     Returns:
         The card.
@@ -166,11 +190,12 @@ def make(recipe: Path, run: Run, name: str, texts: dict[str, str | None]) -> dic
         "data": texts["data"] or (inspect.getdoc(type(data)) or type(data).__name__).partition("\n")[0],
         "params": sum(parameter.numel() for parameter in model.parameters()),
         "recipe": recipe.stem,
+        "options": options(config, recipe),
         "seed": seed,
         "epochs": run.epochs,
         "selected_by": run.selected_by,
         "minutes": round(run.minutes, 2),
-        "machine": machine(),
+        "machine": texts["machine"] or machine(),
         "licence": texts["licence"],
         "commit": commit(),
         "litzoo": __version__,
@@ -198,8 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--task", help="such as 'classification of point clouds'; the model's name by default")
     parser.add_argument("--data", help="what it was trained on; the DataModule's first sentence by default")
     parser.add_argument("--licence", default="Apache-2.0", help="of the weights (default: %(default)s)")
+    parser.add_argument("--machine", metavar="TEXT", help="where --run was trained; this machine by default")
     arguments = parser.parse_args(argv)
-    texts = {key: getattr(arguments, key) for key in ("summary", "task", "data", "licence")}
+    texts = {key: getattr(arguments, key) for key in ("summary", "task", "data", "licence", "machine")}
     try:
         recipe = Path(recipe_path(arguments.recipe))
         name = arguments.output_name or recipe.stem
