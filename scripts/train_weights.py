@@ -148,9 +148,10 @@ def machine() -> str:
 
 
 def commit() -> str:
-    """The commit of this checkout, marked where files differ from it."""
+    """The commit of this checkout, marked where files differ from it, other than weights made before these."""
     found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    changed = subprocess.run(["git", "-C", str(ROOT), "status", "--porcelain"], capture_output=True, text=True, check=True).stdout.strip()
+    differing = ["git", "-C", str(ROOT), "status", "--porcelain", "--", ".", ":!zoo/weights"]
+    changed = subprocess.run(differing, capture_output=True, text=True, check=True).stdout.strip()
     return f"{found}-changed" if changed else found
 
 
