@@ -2,6 +2,7 @@
 
 import ctypes
 import inspect
+import json
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 import yaml
@@ -24,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ... import callbacks, datamodules, zoo
+from ..pretrained import list_models, load, read_header
 from . import CommandError, is_config
 from .encoder_data import prepare_images_for
 from .next_stage import check_next_stage, run_next_stage
@@ -220,15 +222,27 @@ class LitzooCLI(LightningCLI):
         self._job = job_folder(self._runs)
         requeued = None if self._job is None or self.subcommand != "fit" else requeued_checkpoint(self._job)
         wanted = requeued or settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        self._weights = wanted if self.subcommand != "fit" and _is_weights(wanted) else None
         self._checkpoint: Path | None = None
         self._old_run: Path | None = None
         self._resumed: ResumePoint | None = None
         if self.subcommand == "fit" and settings.then is not None:
             check_next_stage(self.parser, settings.then, sys.argv[1:])
-        if wanted is not None:
+        if self._weights is not None:
+            held, expected = read_header(self._weights)["model"], settings.model.class_path.rpartition(".")[2]
+            if held != expected:
+                raise CommandError(
+                    f"{self._weights} holds {held}, but the configuration names {expected}: give the recipe of its card, or --model {held}"
+                )
+            settings.ckpt_path = None
+            _say(f"litzoo: {self.subcommand} of {self._weights}")
+        elif wanted is not None:
             self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
             if not self._checkpoint.is_file():
-                raise CommandError(f"there is no checkpoint {wanted}: give a file, or `last` or `best` of the runs under {self._runs}")
+                scored = "" if self.subcommand == "fit" else ", a name of `litzoo list`"
+                raise CommandError(
+                    f"there is no checkpoint {wanted}: give a file{scored}, or `last` or `best` of the runs under {self._runs}"
+                )
             settings.ckpt_path = str(self._checkpoint)
             checkpoint = read_checkpoint(self._checkpoint, to_resume=self.subcommand == "fit")
             _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
@@ -237,16 +251,19 @@ class LitzooCLI(LightningCLI):
                 self._resumed = resume_point(checkpoint)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
-        prepare_images_for(init_args.get("encoder"), settings.data.get("init_args") or {})
+        prepare_images_for(self._weights or init_args.get("encoder"), settings.data.get("init_args") or {})
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Only now, with model and data made, is it clear that there will be a run.
         self._refuse_disagreement()
+        if self._weights is not None:
+            self.model = self._load_weights(self._weights)
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
             self.model.hparams.pop(name, None)  # LightningCLI adds every link, the model could not be loaded with it
         self._drop_monitor_without_labels()
         trainer = self._get(self.config_init, "trainer")
-        if trainer.get("precision") is None and getattr(self.model, "prefers_bf16", False):
+        # The number on a card is that of float32.
+        if trainer.get("precision") is None and getattr(self.model, "prefers_bf16", False) and self._weights is None:
             kwargs["precision"] = native_precision(str(trainer.get("accelerator")))
             if kwargs["precision"] is not None:
                 _say(f"litzoo: {kwargs['precision']}, which this processor computes in hardware; --trainer.precision 32-true for float32")
@@ -292,6 +309,17 @@ class LitzooCLI(LightningCLI):
                 raise CommandError(
                     f"--model.{name} {given} disagrees with the data, whose {name} is {known}: leave it out, the data give it"
                 )
+
+    def _load_weights(self, source: str) -> LightningModule:
+        """The trained model to score, if the data are of the kind that it learned from."""
+        model = load(source)
+        for name in set(LINKS) - {"class_counts", "num_train"}:
+            learned, given = model.hparams.get(name), getattr(self.datamodule, name, None)
+            if None not in (learned, given) and json.dumps(learned) != json.dumps(given):  # to which a list and a tuple are the same
+                raise CommandError(
+                    f"{source} learned from data whose {name} is {learned}, here it is {given}: --data must give the same kind"
+                )
+        return model
 
     def _make_run(self) -> Path:
         """The folder of this run: a new one, but the checkpoint's own for `--ckpt_path last` and a requeued job."""
@@ -362,6 +390,22 @@ def _import_short_names() -> None:
             getattr(face, name)
 
 
+def _is_weights(source: str | None) -> TypeGuard[str]:
+    """Whether `litzoo.load` is to read it, not Lightning."""
+    if source is None or Path(source).is_file():
+        return source is not None and source.endswith(".safetensors")
+    return source in list_models() or source.startswith("hf-hub:") or source.endswith(".safetensors")
+
+
+def _with_encoder(arguments: list[str]) -> list[str]:
+    """Weights of a classifier on an encoder hold that, too: it need not be given once more to score them."""
+    given = dict(pairwise(part for argument in arguments for part in argument.split("=", 1)))
+    source = given.get("--ckpt_path")
+    if arguments[0] == "fit" or "--model.encoder" in given or not _is_weights(source) or "encoder" not in read_header(source)["hparams"]:
+        return arguments
+    return [*arguments, "--model.encoder", source]
+
+
 def train(arguments: list[str]) -> int:
     """Run `fit`, `validate` or `test`.
 
@@ -381,7 +425,7 @@ def train(arguments: list[str]) -> int:
     _import_short_names()
     set_parsing_settings(add_print_completion_argument=True)
     try:
-        cli = LitzooCLI(arguments)
+        cli = LitzooCLI(_with_encoder(arguments))
     except CommandError as error:
         if str(error).startswith("Problems parsing config"):  # jsonargparse does not say of which file
             files = [argument.partition("=")[2] or following for argument, following in pairwise([*arguments, ""]) if is_config(argument)]
