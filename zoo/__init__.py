@@ -10,6 +10,7 @@ if __name__ != "litzoo.zoo":
 MODELS = {
     "EncoderClassifier": "encoder_classifier",
     "ImageClassifier": "image_classifier",
+    "ImageEncoder": "image_encoder",
     "InstanceDiscrimination": "instance_discrimination",
     "LogisticRegression": "logistic_regression",
     "PointNetClassifier": "pointnet",
@@ -24,7 +25,7 @@ _EXPORTS = {
     "KNNClassifier": "layers.knn_classifier",
     "TimmOptimizer": "optimization",
     "WarmupCosineLR": "optimization",
-    "WeightsError": "pretrained",
+    "WeightsError": "safe_reading",
     "clean_labels": "cleaning",
     "create_backbone": "backbones",
     "critical_points": "critical_sets",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from .critical_sets import upper_bound_points as upper_bound_points
     from .encoder_classifier import EncoderClassifier as EncoderClassifier
     from .image_classifier import ImageClassifier as ImageClassifier
+    from .image_encoder import ImageEncoder as ImageEncoder
     from .instance_discrimination import InstanceDiscrimination as InstanceDiscrimination
     from .layers.knn_classifier import KNNClassifier as KNNClassifier
     from .logistic_regression import LogisticRegression as LogisticRegression
@@ -55,13 +57,13 @@ if TYPE_CHECKING:
     from .optimization import WarmupCosineLR as WarmupCosineLR
     from .pointnet import PointNetClassifier as PointNetClassifier
     from .pointnet_segmenter import PointNetSegmenter as PointNetSegmenter
-    from .pretrained import WeightsError as WeightsError
     from .pretrained import list_models as list_models
     from .pretrained import load as load
     from .pretrained import load_encoder as load_encoder
     from .pretrained import save as save
     from .published import from_published as from_published
     from .relational_reasoning import RelationalReasoning as RelationalReasoning
+    from .safe_reading import WeightsError as WeightsError
     from .selection import select_samples as select_samples
     from .supcon import SupConEncoder as SupConEncoder
     from .wgan import WGAN as WGAN

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .files import whole_file
 from .functional.points import normalize_points
 from .layers.modes import evaluating
-from .pretrained import WeightsError
+from .safe_reading import WeightsError
 
 # Largest difference to the model that a file may show, in probabilities.
 _TOLERANCE = 1e-4

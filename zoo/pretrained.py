@@ -7,46 +7,24 @@ import math
 import os
 import re
 import shlex
-import textwrap
-import zipfile
 from collections.abc import Mapping
 from contextvars import Context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .. import __version__, zoo
 from .files import whole_file
+from .safe_reading import WeightsError, WeightsFile, first_bytes, is_zip, load_torch_file, one_line, open_safetensors
 
 WEIGHTS = Path(__file__).parent / "weights"
 _FORMAT = "1"
 _HUB = "hf-hub:"
 _HUB_SOURCE = re.compile(r"hf-hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_ZIP = b"PK\x03\x04"  # what torch.save writes
-
-
-class WeightsError(ValueError):
-    """A weights file, a checkpoint or the name of one cannot be used; the message says why and what to do.
-
-    Example:
-        >>> litzoo.load("pointnet_furnitur")
-        Traceback (most recent call last):
-        litzoo.zoo.pretrained.WeightsError: no trained model 'pointnet_furnitur'; did you mean pointnet_furniture?
-    """
-
-
-class _Place(NamedTuple):
-    """A weights file on disk, what to call it in a message, and what helps when it is broken."""
-
-    path: Path
-    label: str
-    cure: str
 
 
 def list_models() -> list[str]:
@@ -158,15 +136,15 @@ def resolve_encoder(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple
         if name not in zoo.MODELS or not callable(getattr(getattr(zoo, name), "encode", None)):
             raise WeightsError(f"the encoder {name!r} is not one of litzoo's models with encode(): give one of {_models()}")
         try:
-            built = _construct(name, hparams)
+            built = construct(name, hparams)
         except (TypeError, ValueError) as error:
             raise WeightsError(
-                f"the encoder cannot be built, {_version_of(name)} does not take its hparams ({_one_line(error, 300)})"
+                f"the encoder cannot be built, {_version_of(name)} does not take its hparams ({one_line(error, 300)})"
             ) from error
         return built.eval(), {"model": name, "hparams": _without_private(built.hparams)}
     loaded = load_encoder(source)
     name, hparams = type(loaded).__name__, _without_private(loaded.hparams)
-    state = {key: value for key, value in loaded.state_dict().items() if not _is_extra(key)}
+    state = {key: value for key, value in loaded.state_dict().items() if not is_training_state(key)}
     problem, cure = f"the encoder {os.fspath(source)} cannot be built again", "save every argument of its constructor as a hyper-parameter"
     return _build(name, hparams, state, problem, cure), {"model": name, "hparams": hparams}
 
@@ -209,22 +187,14 @@ def read_checkpoint(path: str | os.PathLike[str], model: str | None = None) -> t
         >>> model, card = read_checkpoint("last.ckpt")
         >>> litzoo.save(model, "last.safetensors", card)
     """
-    place = _Place(Path(path).expanduser(), os.fspath(path), "take another checkpoint of that run, or copy it again")
-    if _first_bytes(place)[: len(_ZIP)] != _ZIP:
+    place = WeightsFile(Path(path).expanduser(), os.fspath(path), "take another checkpoint of that run, or copy it again")
+    if not is_zip(place):
         raise WeightsError(f"{place.label} is not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
-    try:
-        _refuse_packed(place)
-        checkpoint = torch.load(place.path, map_location="cpu", weights_only=True)
-    except (OSError, WeightsError):
-        raise
-    except Exception as error:  # a damaged archive raises about anything
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked is None:
-            raise WeightsError(f"{place.label} is not a whole checkpoint ({_one_line(error, 120)}): {place.cure}") from error
-        raise WeightsError(
-            f"{place.label} holds a Python object ({blocked[1]}) and opening it could run code, so it is not opened; "
-            "hyper-parameters and states in a checkpoint must be plain values: leave the others out with save_hyperparameters(ignore=[...])"
-        ) from error
+    checkpoint = load_torch_file(
+        place,
+        "is not a whole checkpoint",
+        "hyper-parameters and states in a checkpoint must be plain values: leave the others out with save_hyperparameters(ignore=[...])",
+    )
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise WeightsError(f"{place.label} is a torch file but not a Lightning checkpoint; give a .ckpt that `litzoo fit` wrote")
     hparams = checkpoint.get("hyper_parameters") or {}
@@ -272,12 +242,9 @@ def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
         >>> read_header("pointnet_furniture")["card"]["metrics"]
     """
     place = _locate(source)
-    _first_bytes(place)
-    try:
-        with safe_open(place.path, framework="pt") as file:
-            header = file.metadata() or {}
-    except SafetensorError as error:
-        raise WeightsError(f"{place.label} is not a whole safetensors file ({_one_line(error, 120)}): {place.cure}") from error
+    first_bytes(place)
+    with open_safetensors(place) as file:
+        header = file.metadata() or {}
     try:
         return {
             "model": header["model"],
@@ -322,7 +289,7 @@ def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str
     hparams = _without_private(model.hparams)
     _check_json(hparams, f"the hyper-parameters of {name}")
     _check_json(dict(card), "the card")
-    tensors = {key: _to_store(key, value, half) for key, value in model.state_dict().items() if not _is_extra(key)}
+    tensors = {key: _to_store(key, value, half) for key, value in model.state_dict().items() if not is_training_state(key)}
     header = {
         "litzoo": _FORMAT,
         "model": name,
@@ -351,7 +318,7 @@ def _index() -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise WeightsError(f"the index of the trained models, {path}, is not JSON ({_one_line(error, 120)}): reinstall litzoo") from error
+        raise WeightsError(f"the index of the trained models, {path}, is not JSON ({one_line(error, 120)}): reinstall litzoo") from error
     if not isinstance(index, dict):
         raise WeightsError(f"the index of the trained models, {path}, is not a table of names: reinstall litzoo")
     return index
@@ -361,11 +328,11 @@ def _is_hub(source: str | os.PathLike[str]) -> bool:
     return isinstance(source, str) and source.startswith(_HUB)
 
 
-def _locate(source: str | os.PathLike[str]) -> _Place:
+def _locate(source: str | os.PathLike[str]) -> WeightsFile:
     if isinstance(source, str) and source.startswith(_HUB):
         return _download(source)
     path = Path(source).expanduser()
-    file = _Place(path, os.fspath(source), "copy it again, or export its checkpoint again")
+    file = WeightsFile(path, os.fspath(source), "copy it again, or export its checkpoint again")
     if not isinstance(source, str) or path.name != source or path.suffix in (".safetensors", ".ckpt"):
         return file
     index = _index()
@@ -378,13 +345,13 @@ def _locate(source: str | os.PathLike[str]) -> _Place:
     raise WeightsError(f"no trained model {source!r}; " + (f"did you mean {close[0]}?" if close else known))
 
 
-def _bundled(name: str, entry: Any) -> _Place:
+def _bundled(name: str, entry: Any) -> WeightsFile:
     if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or not isinstance(entry.get("sha256"), str):
         raise WeightsError(f"the entry of {name!r} in {WEIGHTS / 'index.json'} lacks its file or its sha256: reinstall litzoo")
-    place = _Place(WEIGHTS / entry["file"], f"the trained model {name!r} ({WEIGHTS / entry['file']})", "reinstall litzoo")
+    place = WeightsFile(WEIGHTS / entry["file"], f"the trained model {name!r} ({WEIGHTS / entry['file']})", "reinstall litzoo")
     if not place.path.is_file():
         raise WeightsError(f"{place.label} is missing: {place.cure}")
-    _first_bytes(place)
+    first_bytes(place)
     with place.path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != entry["sha256"]:
@@ -394,7 +361,7 @@ def _bundled(name: str, entry: Any) -> _Place:
     return place
 
 
-def _download(source: str) -> _Place:
+def _download(source: str) -> WeightsFile:
     match = _HUB_SOURCE.fullmatch(source)
     if match is None:
         raise WeightsError(
@@ -424,49 +391,19 @@ def _download(source: str) -> _Place:
     except errors.EntryNotFoundError as error:
         raise WeightsError(f"{source}: the repository {repo} has no file {file}; name the right one as hf-hub:{repo}:FILE") from error
     except Exception as error:  # errors of its HTTP client get through, too
-        raise WeightsError(f"{source} cannot be fetched from the hub: {_one_line(error, 200)}") from error
-    return _Place(Path(path), source, f"delete {path} to have it downloaded again")
+        raise WeightsError(f"{source} cannot be fetched from the hub: {one_line(error, 200)}") from error
+    return WeightsFile(Path(path), source, f"delete {path} to have it downloaded again")
 
 
-def _first_bytes(place: _Place) -> bytes:
-    """The start of a file that is there and is not obviously something else."""
-    if place.path.is_dir():
-        raise WeightsError(f"{place.label} is a folder; give the file in it")
-    if not place.path.is_file():
-        raise WeightsError(f"{place.label} does not exist: check the path")
-    with place.path.open("rb") as file:
-        start = file.read(len(_LFS_POINTER))
-    if not start:
-        raise WeightsError(f"{place.label} is empty: {place.cure}")
-    if start == _LFS_POINTER:
-        raise WeightsError(f"{place.label} is a git-lfs pointer, not the file itself: run `git lfs pull` in its repository")
-    return start
-
-
-def _refuse_packed(place: _Place) -> None:
-    """torch.save stores, and never packs; torch.load unpacks all the same, a file of kilobytes into gigabytes."""
-    with zipfile.ZipFile(place.path) as archive:
-        size = sum(entry.file_size for entry in archive.infolist())
-    if size > place.path.stat().st_size:
-        raise WeightsError(
-            f"{place.label} is a packed archive, of {size / 1e6:.0f} MB in {place.path.stat().st_size / 1e6:.1f} MB, which torch.save never "
-            "writes: it is not opened"
-        )
-
-
-def _load_file(place: _Place) -> LightningModule:
-    if place.path.suffix == ".ckpt" or _first_bytes(place)[: len(_ZIP)] == _ZIP:
+def _load_file(place: WeightsFile) -> LightningModule:
+    if place.path.suffix == ".ckpt" or is_zip(place):
         raise WeightsError(
             f"{place.label} is a checkpoint, and only .safetensors files are loaded as weights: convert it with "
             f"`litzoo export {shlex.quote(str(place.path))}`"
         )
-    try:
-        with safe_open(place.path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a dict
-    except SafetensorError as error:
-        reason = _one_line(error, 120).removeprefix("Error while deserializing header: ")
-        raise WeightsError(f"{place.label} is not a whole safetensors file ({reason}): {place.cure}") from error
+    with open_safetensors(place) as file:
+        header = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is not a dict
     if "litzoo" not in header:
         raise WeightsError(
             f"{place.label} is not one of litzoo's weights files (no litzoo in its header): litzoo.save and `litzoo export` write them"
@@ -490,23 +427,45 @@ def _build(name: str, hparams: dict[str, Any], state: Mapping[str, Tensor], prob
     """A model of the allow-list, with these weights, in evaluation mode; `problem` and `cure` say what to say if they don't fit."""
     try:
         with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody's seed should notice
-            model = _construct(name, hparams)
-        extra = {key: value for key, value in model.state_dict().items() if _is_extra(key)}
+            model = construct(name, hparams)
+        extra = {key: value for key, value in model.state_dict().items() if is_training_state(key)}
         model.load_state_dict({**extra, **state})
     except Exception as error:  # whatever a constructor says about hyper-parameters it does not know
-        raise WeightsError(f"{problem} ({_one_line(error, 300)}): {cure}") from error
+        raise WeightsError(f"{problem} ({one_line(error, 300)}): {cure}") from error
     return model.eval()
 
 
-def _construct(name: str, hparams: Mapping[str, Any]) -> LightningModule:
-    """A model of the allow-list, with random weights."""
+def construct(name: str, hparams: Mapping[str, Any]) -> LightningModule:
+    """Make a model of the allow-list, with random weights.
+
+    Args:
+        name: one of `litzoo.zoo.MODELS`.
+        hparams: the arguments of its constructor.
+
+    Returns:
+        The model, in training mode.
+
+    Example:
+        >>> model = construct("PointNetClassifier", {"num_classes": 7})
+    """
     # Inside of LightningCLI's context, the model would take the hyper-parameters of the one that is made from it for its own.
     model: LightningModule = Context().run(getattr(zoo, name), **hparams)
     return model
 
 
-def _is_extra(key: str) -> bool:
-    """What only the training needs, such as a memory bank: checkpoints hold it, weights files do not."""
+def is_training_state(key: str) -> bool:
+    """Whether only the training needs an entry of a state dict, such as a memory bank: checkpoints hold it, weights files do not.
+
+    Args:
+        key: its key in the state dict.
+
+    Returns:
+        True for what `get_extra_state` of a module gave.
+
+    Example:
+        >>> is_training_state("bank._extra_state")
+        True
+    """
     return key.rpartition(".")[2] == "_extra_state"
 
 
@@ -514,7 +473,7 @@ def _to_device(model: LightningModule, device: str | torch.device) -> LightningM
     try:
         return model.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ValueError(f"the model cannot be put on device {str(device)!r}: {_one_line(error, 200)}") from error
+        raise ValueError(f"the model cannot be put on device {str(device)!r}: {one_line(error, 200)}") from error
 
 
 def _to_store(key: str, value: Any, half: bool) -> Tensor:
@@ -573,7 +532,3 @@ def _version_of(name: str) -> str:
 
 def _models() -> str:
     return ", ".join(sorted(zoo.MODELS))
-
-
-def _one_line(error: BaseException, width: int) -> str:
-    return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")

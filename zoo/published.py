@@ -22,13 +22,12 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import __version__, zoo
 from .backbones import CIFAR_RESNETS
-from .pretrained import _ZIP, WeightsError, _construct, _first_bytes, _is_extra, _one_line, _Place, _refuse_packed
+from .pretrained import construct, is_training_state
+from .safe_reading import WeightsError, WeightsFile, first_bytes, load_torch_file, one_line, open_safetensors
 
 Layout = Literal["lemniscate", "supcontrast", "relational", "pointnet"]
 _Rules = tuple[tuple[str, str], ...]
@@ -179,11 +178,11 @@ def read_published(path: str | os.PathLike[str], layout: Layout, /, **hparams: A
         >>> model, card = read_published("last.pth", "supcontrast", image_size=32)
         >>> litzoo.save(model, "supcon.safetensors", card)
     """
-    place = _Place(Path(path).expanduser(), os.fspath(path), "copy it again")
-    model, left_out, note = _convert(_read(place), layout, hparams, place.label)
+    file = WeightsFile(Path(path).expanduser(), os.fspath(path), "copy it again")
+    model, left_out, note = _convert(_read(file), layout, hparams, file.label)
     card: dict[str, Any] = {
-        "summary": f"{type(model).__name__} of {place.path.name}, a published checkpoint of the layout {layout}",
-        "source": place.path.name,
+        "summary": f"{type(model).__name__} of {file.path.name}, a published checkpoint of the layout {layout}",
+        "source": file.path.name,
         "layout": layout,
         "litzoo": __version__,
         "left_out": left_out,
@@ -191,39 +190,18 @@ def read_published(path: str | os.PathLike[str], layout: Layout, /, **hparams: A
     return model, {**card, "note": note} if note else card
 
 
-def _read(place: _Place) -> Mapping[str, Any]:
-    start = _first_bytes(place)
-    if place.path.suffix == ".safetensors":
-        try:
-            return load_file(place.path)
-        except SafetensorError as error:
-            raise WeightsError(f"{place.label} is not a whole safetensors file ({_one_line(error, 120)}): {place.cure}") from error
-    cure = "where you trust it, open it there with its own code and save its state_dict() alone by torch.save"
-    try:
-        if start[: len(_ZIP)] == _ZIP:
-            _refuse_packed(place)
-        with torch.serialization.safe_globals([(_Bystander, name) for name in _BYSTANDERS]):
-            checkpoint = torch.load(place.path, map_location="cpu", weights_only=True)
-    except (OSError, WeightsError):
-        raise
-    except Exception as error:  # a damaged file raises about anything
-        blocked = re.search(r"GLOBAL (\S+)", str(error))
-        if blocked is not None:
-            raise WeightsError(
-                f"{place.label} holds a Python object ({blocked[1][:100]}) and opening it could run code, so it is not opened; {cure}"
-            ) from error
-        raise WeightsError(
-            f"{place.label} is damaged, or cannot be opened without running code ({_reason(error)}): {place.cure}, or {cure}"
-        ) from error
+def _read(file: WeightsFile) -> Mapping[str, Any]:
+    first_bytes(file)
+    if file.path.suffix == ".safetensors":
+        with open_safetensors(file) as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is not a dict
+    plain = "where you trust it, open it there with its own code and save its state_dict() alone by torch.save"
+    file = file._replace(cure=f"{file.cure}, or {plain}")
+    stand_ins = [(_Bystander, name) for name in _BYSTANDERS]
+    checkpoint = load_torch_file(file, "is damaged, or cannot be opened without running code", plain, stand_ins)
     if not isinstance(checkpoint, Mapping):
-        raise WeightsError(f"{place.label} holds a {type(checkpoint).__name__}, not the state dict of a network")
+        raise WeightsError(f"{file.label} holds a {type(checkpoint).__name__}, not the state dict of a network")
     return checkpoint
-
-
-def _reason(error: BaseException) -> str:
-    """The first sentence of an error of torch.load, behind its advice to run the code."""
-    text = re.sub(r"Weights only load failed\..*?WeightsUnpickler error:", "", str(error), flags=re.DOTALL)
-    return _one_line(ValueError(text.strip().partition("\n")[0] or type(error).__name__), 120)
 
 
 def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, Any], label: str) -> tuple[LightningModule, list[str], str]:
@@ -244,10 +222,10 @@ def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, A
     getattr(zoo, plan.model)
     try:
         with torch.device("meta"):  # no memory, and no work, for what may not fit
-            outline = _construct(plan.model, settings)
+            outline = construct(plan.model, settings)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{label}: no {plan.model} can be built with these hyper-parameters ({_one_line(error, 300)})") from error
-    wanted = {key: value for key, value in outline.state_dict().items() if not _is_extra(key)}
+        raise WeightsError(f"{label}: no {plan.model} can be built with these hyper-parameters ({one_line(error, 300)})") from error
+    wanted = {key: value for key, value in outline.state_dict().items() if not is_training_state(key)}
     kept = {"log_partition", *(key for key in wanted if key.endswith("num_batches_tracked"))}  # old files have no such counter
     filled = {*named, *plan.made, *kept}
     missing = [key for key in wanted if key not in filled]
@@ -258,7 +236,7 @@ def _convert(checkpoint: Mapping[str, Any], layout: str, hparams: Mapping[str, A
     for key, (name, value) in named.items():
         _check_fit(name, value, wanted[key], label)
     with torch.random.fork_rng(devices=[]):  # initial weights are drawn and thrown away: nobody's seed should notice
-        model = _construct(plan.model, settings)
+        model = construct(plan.model, settings)
     model.load_state_dict({**model.state_dict(), **plan.made, **{key: value for key, (_, value) in named.items()}})
     return model.eval(), left_out, plan.note
 

@@ -3,7 +3,8 @@
 from collections.abc import MutableMapping
 from typing import Any
 
-from ..pretrained import WeightsError, load_encoder
+from ..pretrained import load_encoder
+from ..safe_reading import WeightsError
 
 
 def prepare_images_for(encoder: Any, data: MutableMapping[str, Any]) -> None:
