@@ -1,7 +1,7 @@
 """Image encoders: timm's models, with a stem for small images where asked, the ResNets of CIFAR, also with soft thresholds, and Conv-4."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -163,6 +163,52 @@ def create_backbone(description: str | Mapping[str, Any], pretrained: bool = Fal
     if stem == "small":
         _make_stem_small(network, *_STEMS[_timm_file(name)], keep_weights=pretrained)
     return TimmEncoder(network)
+
+
+def describe_pretrained(name: str, image_size: int | None = None) -> dict[str, Any]:
+    """The arguments of an `ImageEncoder` for timm's weights of a name: the network, and the images that it was trained on.
+
+    Nothing is downloaded.
+
+    Args:
+        name: of `timm.list_models(pretrained=True)`; without the part behind the point, timm's choice of weights.
+        image_size: height and width of the images in place of those of the training.
+
+    Returns:
+        `backbone`, `in_channels`, `image_size`, `image_mean`, `image_std` and `interpolation`, plain values.
+
+    Raises:
+        ValueError: if timm has no such network or no weights of it, or they want images that are not square.
+
+    Example:
+        >>> describe_pretrained("resnet18")["backbone"]
+        {'name': 'resnet18.a1_in1k', 'in_channels': 3, 'stem': 'original'}
+    """
+    import timm
+    from timm.data import resolve_data_config
+
+    config = _check_timm(name)
+    if config is None or not timm.is_model_pretrained(name):
+        close = difflib.get_close_matches(name, timm.list_models(pretrained=True), n=3, cutoff=0.6)
+        hint = f"it has those of {' and '.join(close)}" if close else "timm.list_models(pretrained=True) names those that it has"
+        raise ValueError(f"timm has no pretrained weights of {name!r}; {hint}")
+    known = resolve_data_config(pretrained_cfg=config.to_dict())
+    channels, height, width = known["input_size"]
+    if image_size is None and height != width:
+        raise ValueError(
+            f"{name!r} was trained on images of {height} x {width} pixels, but litzoo's are square: say of what size, @{width}"
+        )
+    size = height if image_size is None else image_size
+    # Its own stem, however small the images: the weights are those of the whole network.
+    described = {"name": ".".join(filter(None, (config.architecture, config.tag))), "stem": "original"}
+    return {
+        "backbone": resolve_backbone(described, channels, size),
+        "in_channels": channels,
+        "image_size": size,
+        "image_mean": list(known["mean"]),
+        "image_std": list(known["std"]),
+        "interpolation": known["interpolation"],
+    }
 
 
 class TimmEncoder(nn.Module):
@@ -378,19 +424,25 @@ def _timm_file(name: str) -> str:
 
 def _ask_timm(name: str) -> tuple[bool, bool]:
     """Whether timm's model has a stem that can be made small, and whether it is built for one image size."""
+    config = _check_timm(name, _OWN)
+    return _timm_file(name) in _STEMS, bool(config is not None and config.fixed_input_size)
+
+
+def _check_timm(name: str, others: Sequence[str] = ()) -> Any:
+    """What timm knows of the weights of a name, None if it has none; `others` are names that would do, too."""
     import timm
 
     if not timm.is_model(name):
-        close = difflib.get_close_matches(name, [*_OWN, *timm.list_models()], n=3, cutoff=0.6)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(_OWN)} and timm.list_models()"
+        close = difflib.get_close_matches(name, [*others, *timm.list_models()], n=3, cutoff=0.6)
+        known = f"there are {', '.join(others)} and timm.list_models()" if others else "timm.list_models() names them all"
+        hint = f"did you mean {' or '.join(close)}?" if close else known
         raise ValueError(f"there is no backbone {name!r}; {hint}")
     try:
-        config = timm.get_pretrained_cfg(name)
+        return timm.get_pretrained_cfg(name)
     except RuntimeError as error:
         architecture, _, tag = name.partition(".")
         tags = [other.partition(".")[2] for other in timm.list_models(f"{architecture}.*", include_tags=True)]
         raise ValueError(f"the backbone {architecture!r} has no weights {tag!r}; there are {', '.join(tags) or 'none'}") from error
-    return _timm_file(name) in _STEMS, bool(config is not None and config.fixed_input_size)
 
 
 def _make_stem_small(network: nn.Module, stem: str, poolings: tuple[str, ...], keep_weights: bool) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .backbones import create_backbone, resolve_backbone
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,10 @@ class ImageInput:
         size: height and width of the images; None for any size.
         mean: channel means, for images in [0, 1], that are subtracted; None if images are not normalised.
         std: channel standard deviations by which images are divided, likewise.
+        interpolation: how images of another size are resized.
 
     Raises:
-        ValueError: if the mean or the standard deviation does not fit.
+        ValueError: if the mean or the standard deviation does not fit, or there is no such interpolation.
 
     Example:
         >>> ImageInput(3, 32, None, None).prepare(torch.zeros(3, 48, 48, dtype=torch.uint8))[0].shape
@@ -32,6 +35,7 @@ class ImageInput:
     size: int | None
     mean: Sequence[float] | None
     std: Sequence[float] | None
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
         if (self.mean is None) != (self.std is None):
@@ -41,6 +45,8 @@ class ImageInput:
                 raise ValueError(f"{name} has {len(values)} entries, but in_channels is {self.channels}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.std}")
+        if self.interpolation not in get_args(Interpolation):
+            raise ValueError(f"interpolation must be one of {', '.join(get_args(Interpolation))}; got {self.interpolation!r}")
 
     def resolve(self, backbone: str | Mapping[str, Any]) -> dict[str, Any]:
         """The full description of an encoder of these images, see `resolve_backbone`.
@@ -126,7 +132,8 @@ class ImageInput:
             images = vision.rgb_to_grayscale(images) if self.channels == 1 else images.expand(-1, 3, -1, -1)
         if self.size is not None and images.shape[2:] != (self.size, self.size):
             square = vision.center_crop(images, [min(images.shape[2:])])
-            images = vision.resize(square, [self.size, self.size], antialias=True)
+            images = vision.resize(square, [self.size, self.size], vision.InterpolationMode(self.interpolation), antialias=True)
+            images = images.clamp(0, 1)  # bicubic overshoots
         if self.mean is not None and self.std is not None:
             images = vision.normalize(images, list(self.mean), list(self.std))
         return images

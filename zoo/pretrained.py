@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Mapping
 from contextvars import Context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from lightning.pytorch import LightningModule
@@ -18,12 +18,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from .. import __version__, zoo
+from .backbones import describe_pretrained
 from .files import whole_file
 from .safe_reading import WeightsError, WeightsFile, first_bytes, is_zip, load_torch_file, one_line, open_safetensors
 
 WEIGHTS = Path(__file__).parent / "weights"
 _FORMAT = "1"
 _HUB = "hf-hub:"
+_TIMM = ("timm:", "hf-hub:timm/")
 _HUB_SOURCE = re.compile(r"hf-hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 
 
@@ -51,20 +53,21 @@ def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
 
     Args:
         source: a name of `list_models()`, the path of a `.safetensors` file, or `hf-hub:owner/repo[@revision][:file]`
-            on the Hugging Face hub, where the file is `model.safetensors` unless given.
+            on the Hugging Face hub, where the file is `model.safetensors` unless given; or `timm:NAME[@SIZE]` for an `ImageEncoder`
+            with timm's pretrained weights, on images of SIZE pixels instead of those of its training.
         device: where to put the model.
 
     Returns:
         The model, its parameters in float32.
 
     Raises:
-        WeightsError: if there is no such source, or it is damaged, foreign or of another version.
+        WeightsError: if there is no such source, or it cannot be downloaded, or is damaged, foreign or of another version.
         ValueError: if the device cannot be used.
 
     Example:
         >>> model = litzoo.load("pointnet_furniture")
     """
-    return _to_device(_load_file(_locate(source)), device)
+    return _to_device(_load_timm(source) if _is_timm(source) else _load_file(_locate(source)), device)
 
 
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
@@ -147,6 +150,31 @@ def resolve_encoder(source: str | os.PathLike[str] | Mapping[str, Any]) -> tuple
     state = {key: value for key, value in loaded.state_dict().items() if not is_training_state(key)}
     problem, cure = f"the encoder {os.fspath(source)} cannot be built again", "save every argument of its constructor as a hyper-parameter"
     return _build(name, hparams, state, problem, cure), {"model": name, "hparams": hparams}
+
+
+def encoder_hparams(source: str | os.PathLike[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """Hyper-parameters of an encoder, of the inner one where classifiers lie around it; nothing is downloaded for timm's.
+
+    Args:
+        source: what `resolve_encoder` takes.
+
+    Returns:
+        The hyper-parameters, such as `image_size`, `image_mean` and `image_std`.
+
+    Raises:
+        WeightsError: if the source cannot be loaded.
+
+    Example:
+        >>> encoder_hparams("timm:resnet18")["image_size"]
+        224
+    """
+    if isinstance(source, Mapping):
+        hparams = source.get("hparams")
+    else:
+        hparams = _describe_timm(source) if _is_timm(source) else load_encoder(source).hparams
+    while isinstance(hparams, Mapping) and isinstance(hparams.get("encoder"), Mapping):
+        hparams = hparams["encoder"].get("hparams")
+    return dict(hparams or {})
 
 
 def load_checkpoint(path: str | os.PathLike[str], device: str | torch.device = "cpu", model: str | None = None) -> LightningModule:
@@ -393,6 +421,36 @@ def _download(source: str) -> WeightsFile:
     except Exception as error:  # errors of its HTTP client get through, too
         raise WeightsError(f"{source} cannot be fetched from the hub: {one_line(error, 200)}") from error
     return WeightsFile(Path(path), source, f"delete {path} to have it downloaded again")
+
+
+def _is_timm(source: str | os.PathLike[str] | Mapping[str, Any]) -> TypeGuard[str]:
+    """On the hub, the repositories of timm hold weights of their names, and none of litzoo."""
+    return isinstance(source, str) and source.startswith(_TIMM)
+
+
+def _describe_timm(source: str) -> dict[str, Any]:
+    name, at, size = re.sub("|".join(_TIMM), "", source, count=1).partition("@")
+    if at and re.fullmatch("[1-9][0-9]*", size) is None:
+        raise WeightsError(f"{source}: behind @ stands the size of the images in pixels, such as timm:{name}@224")
+    try:
+        return describe_pretrained(name, int(size) if at else None)
+    except ValueError as error:
+        raise WeightsError(f"{source}: {error}") from error
+
+
+def _load_timm(source: str) -> LightningModule:
+    hparams = _describe_timm(source)
+    try:
+        with torch.random.fork_rng(devices=[]):  # as in _build
+            return construct("ImageEncoder", {**hparams, "pretrained": True}).eval()
+    except Exception as error:  # errors of the hub's HTTP client get through, too
+        if not isinstance(error.__cause__, OSError):
+            raise WeightsError(f"{source} cannot be loaded: {one_line(error, 300)}") from error
+        raise WeightsError(
+            f"{source}: its weights are not in the local cache and cannot be downloaded: check the connection (and that HF_HUB_OFFLINE is not "
+            f"set), or write them to a file where there is one, by litzoo.save(litzoo.load({source!r}), 'encoder.safetensors', {{}}), and give "
+            f"that ({one_line(error.__cause__, 120)})"
+        ) from error
 
 
 def _load_file(place: WeightsFile) -> LightningModule:

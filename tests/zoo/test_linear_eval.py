@@ -18,6 +18,7 @@ IMAGES = {"in_channels": 1, "image_size": 8, "backbone": "conv4"}
 # How each model is made for the data in brackets; what has no `encode` is none.
 ENCODERS: dict[str, dict[str, Any]] = {
     "ImageClassifier": {"num_classes": 10, **IMAGES},
+    "ImageEncoder": IMAGES,
     "InstanceDiscrimination": {"num_train": 50, **IMAGES},
     "PointNetClassifier": {"num_classes": 11, "input_transform": False, "feature_transform": False},
     "RelationalReasoning": IMAGES,
