@@ -19,7 +19,8 @@ from litzoo.datamodules import ArrayDataModule, DigitsDataModule, FurnitureDataM
 from litzoo.datamodules.arrays import TEST
 from litzoo.zoo import ImageClassifier, LogisticRegression, PointNetClassifier, PointNetSegmenter
 from litzoo.zoo.cli import CONFIGS
-from litzoo.zoo.cli.training import LitzooCLI, _import_short_names
+from litzoo.zoo.cli.parsing import import_short_names
+from litzoo.zoo.cli.training import LitzooCLI
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.slow]
 
@@ -84,7 +85,7 @@ def fit_plain(name: str, clouds: Path) -> dict[str, Tensor]:
 
 
 def run_rank(folder: Path, rank: int) -> None:
-    _import_short_names()
+    import_short_names()
     result: dict[str, Any] = {recipe: fit_recipe(recipe, folder) for recipe in RECIPES}
     result |= {name: fit_plain(name, folder / "clouds.h5") for name in PLAIN}
     torch.save(result, folder / f"rank_{rank}.pt")
@@ -141,7 +142,7 @@ def test_both_processes_have_one_model_and_one_run(recipe: str, folder: Path, ra
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_evaluation_equals_that_of_one_process(recipe: str, folder: Path, ranks: list[dict[str, Any]]) -> None:
     """Test sets of odd sizes are dealt out without counting a sample twice."""
-    _import_short_names()
+    import_short_names()
     checkpoint = folder / "runs" / recipe / "version_0" / "checkpoints" / "last.ckpt"
     saved = torch.load(checkpoint, weights_only=True)["state_dict"]
     different = [name for name in saved if not same(saved[name], ranks[0][recipe]["state"][name])]

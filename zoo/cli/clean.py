@@ -17,8 +17,9 @@ from ..cleaning import SPLITS, CleaningResult, Filter, Scheme, clean_labels
 from ..cleaning_results import apply_verdicts, read_decisions, write_review, write_tables
 from . import CommandError, recipe_names
 from .encoder_data import prepare_images_for
+from .parsing import LINKS, Parser, import_short_names
 from .precision import native_precision
-from .training import LINKS, _import_short_names, _Parser, keep_freed_memory
+from .training import keep_freed_memory
 
 if TYPE_CHECKING:
     from ...datamodules import ArrayDataModule
@@ -66,7 +67,7 @@ def _class_of(settings: dict[str, Any]) -> Any:
     return locate(settings["class_path"])
 
 
-def _add(parser: _Parser, part: str) -> None:
+def _add(parser: Parser, part: str) -> None:
     if part == "trainer":
         parser.add_lightning_class_args(Trainer, "trainer")
         parser.set_defaults({"trainer.max_epochs": 100, "trainer.log_every_n_steps": 10})  # as `fit` has it
@@ -77,7 +78,7 @@ def _add(parser: _Parser, part: str) -> None:
 
 def _instantiate(part: str, settings: dict[str, Any]) -> Any:
     """The object, or of the trainer its arguments."""
-    parser = _Parser(prog="litzoo clean")
+    parser = Parser(prog="litzoo clean")
     _add(parser, part)
     return parser.instantiate(parser.parse_object({part: deepcopy(settings)}))[part]
 
@@ -102,7 +103,7 @@ def clean(arguments: list[str]) -> int:
         0
     """
     keep_freed_memory()
-    _import_short_names()
+    import_short_names()
     options = _parse(arguments)
     parts = {part: options[part].as_dict() for part in _PARTS}
     prepare_images_for((parts["model"].get("init_args") or {}).get("encoder"), parts["data"].get("init_args") or {})
@@ -157,7 +158,7 @@ def _parse(arguments: list[str]) -> Any:
         raise CommandError(
             f"say which model and data: --config RECIPE, or --model CLASS and --data CLASS; recipes: {', '.join(recipe_names())}"
         )
-    parser = _Parser(
+    parser = Parser(
         prog="litzoo clean",
         description="Find wrong labels: models trained on some folds of the data judge the labels of the others.",
     )

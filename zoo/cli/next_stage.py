@@ -1,4 +1,4 @@
-"""What follows a training: `then` of a recipe names the one that trains on with its encoder."""
+"""The next stage of a training: the recipe that `then` names is fitted on the encoder that this training leaves."""
 
 import os
 import shlex

@@ -13,7 +13,7 @@ import warnings
 from itertools import pairwise
 from pathlib import Path
 from pydoc import locate
-from typing import Any, NoReturn, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 import yaml
@@ -24,11 +24,12 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ... import callbacks, datamodules, zoo
+from ...callbacks import StepSeed
 from ..pretrained import list_models, load, read_header
 from . import CommandError, is_config
 from .encoder_data import prepare_images_for
 from .next_stage import check_next_stage, run_next_stage
+from .parsing import LINKS, Parser, import_short_names
 from .precision import native_precision
 from .runs import (
     ResumePoint,
@@ -43,22 +44,10 @@ from .runs import (
     saved_run,
 )
 
-# What a model learns from its data: attribute of the DataModule -> argument of the model, where both exist.
-LINKS = (
-    *("num_classes", "class_names", "class_counts", "num_train"),
-    *("normalization", "num_parts", "part_names", "part_classes"),  # of point clouds
-    *("in_channels", "image_size", "image_mean", "image_std"),  # of images
-)
 # By what the best checkpoint is chosen, where neither the user nor the model says otherwise.
 _MONITOR = "val/loss"
 # Once, and not in every process.
 _say = rank_zero_only(print)
-
-
-class _Parser(LightningArgumentParser):
-    # The parsers of nested classes end here too, so the message is shortened only where it is printed.
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise CommandError(message) from ex
 
 
 class _StopBetweenBatches(Callback):
@@ -155,7 +144,7 @@ class LitzooCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=0,
-            parser_class=_Parser,
+            parser_class=Parser,
             parser_kwargs={"default_env": True, "env_prefix": "LITZOO", "prog": "litzoo"},
             trainer_defaults={"max_epochs": 100, "default_root_dir": "runs", "log_every_n_steps": 10},
         )
@@ -217,41 +206,47 @@ class LitzooCLI(LightningCLI):
                 settings.checkpoint.mode = "max"
         init_args = settings.model.get("init_args") or {}
         self._given = {name: init_args.get(name) for name in LINKS if self._by_hand(name)}
-        self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
-        # Lightning would take what any requeued job has left in the root folder for this job's own.
-        self._job = job_folder(self._runs)
-        requeued = None if self._job is None or self.subcommand != "fit" else requeued_checkpoint(self._job)
-        wanted = requeued or settings.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
-        self._weights = wanted if self.subcommand != "fit" and _is_weights(wanted) else None
-        self._checkpoint: Path | None = None
-        self._old_run: Path | None = None
-        self._resumed: ResumePoint | None = None
         if self.subcommand == "fit" and settings.then is not None:
             check_next_stage(self.parser, settings.then, sys.argv[1:])
-        if self._weights is not None:
-            held, expected = read_header(self._weights)["model"], settings.model.class_path.rpartition(".")[2]
-            if held != expected:
-                raise CommandError(
-                    f"{self._weights} holds {held}, but the configuration names {expected}: give the recipe of its card, or --model {held}"
-                )
-            settings.ckpt_path = None
-            _say(f"litzoo: {self.subcommand} of {self._weights}")
-        elif wanted is not None:
-            self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
-            if not self._checkpoint.is_file():
-                scored = "" if self.subcommand == "fit" else ", a name of `litzoo list`"
-                raise CommandError(
-                    f"there is no checkpoint {wanted}: give a file{scored}, or `last` or `best` of the runs under {self._runs}"
-                )
-            settings.ckpt_path = str(self._checkpoint)
-            checkpoint = read_checkpoint(self._checkpoint, to_resume=self.subcommand == "fit")
-            _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
-            self._old_run = saved_run(checkpoint) if wanted == requeued else run_of(self._checkpoint)
-            if self.subcommand == "fit" and wanted in ("last", requeued):
-                self._resumed = resume_point(checkpoint)
+        self._find_start(settings)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
         prepare_images_for(self._weights or init_args.get("encoder"), settings.data.get("init_args") or {})
+
+    def _find_start(self, settings: Any) -> None:
+        """What there is to score, or to train on from: weights or a checkpoint, if any."""
+        fits, given = self.subcommand == "fit", settings.get("ckpt_path")
+        self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
+        # Lightning would take what any requeued job has left in the root folder for this job's own.
+        self._job = job_folder(self._runs)
+        self._weights: str | None = None
+        self._checkpoint: Path | None = None
+        self._old_run: Path | None = None
+        self._resumed: ResumePoint | None = None
+        if not fits and _is_weights(given):
+            held, expected = read_header(given)["model"], settings.model.class_path.rpartition(".")[2]
+            if held != expected:
+                raise CommandError(
+                    f"{given} holds {held}, but the configuration names {expected}: give the recipe of its card, or --model {held}"
+                )
+            settings.ckpt_path = None
+            self._weights = given
+            _say(f"litzoo: {self.subcommand} of {given}")
+            return
+        requeued = requeued_checkpoint(self._job) if fits and self._job is not None else None
+        wanted = requeued or given or (None if fits else "best")
+        if wanted is None:
+            return
+        self._checkpoint = find_checkpoint(self._runs, wanted) if wanted in ("last", "best") else Path(wanted)
+        if not self._checkpoint.is_file():
+            scored = "" if fits else ", a name of `litzoo list`"
+            raise CommandError(f"there is no checkpoint {wanted}: give a file{scored}, or `last` or `best` of the runs under {self._runs}")
+        settings.ckpt_path = str(self._checkpoint)
+        checkpoint = read_checkpoint(self._checkpoint, to_resume=fits)
+        _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
+        self._old_run = saved_run(checkpoint) if wanted == requeued else run_of(self._checkpoint)
+        if fits and wanted in ("last", requeued):
+            self._resumed = resume_point(checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Only now, with model and data made, is it clear that there will be a run.
@@ -276,7 +271,7 @@ class LitzooCLI(LightningCLI):
         if self._resumed is not None and self._old_run is not None:
             self.save_config_kwargs = {"config_filename": f"config_resumed_{len(list(self._old_run.glob('config*.yaml')))}.yaml"}
         self._shared = _SharedRun(own_loggers, self._resumed)
-        self.trainer_defaults["callbacks"] = [self._shared, callbacks.StepSeed(), _StopBetweenBatches(), _SameStatistics()]
+        self.trainer_defaults["callbacks"] = [self._shared, StepSeed(), _StopBetweenBatches(), _SameStatistics()]
         if has_run and self.subcommand == "fit":
             self.trainer_defaults["callbacks"].append(LearningRateMonitor())
         made = super().instantiate_trainer(**kwargs)
@@ -383,13 +378,6 @@ def keep_freed_memory() -> None:
         mallopt(parameter, value)
 
 
-def _import_short_names() -> None:
-    """jsonargparse knows a class by its short name once it has been imported."""
-    for face in (zoo, datamodules, callbacks):
-        for name in face.__all__:
-            getattr(face, name)
-
-
 def _is_weights(source: str | None) -> TypeGuard[str]:
     """Whether `litzoo.load` is to read it, not Lightning."""
     if source is None or Path(source).is_file():
@@ -422,7 +410,7 @@ def train(arguments: list[str]) -> int:
     warnings.filterwarnings("ignore", message=r".*module\(s\) in eval mode at the start")  # a frozen encoder stays in it
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     warnings.filterwarnings("ignore", message="Using ModelCheckpoint with manual optimization.*")  # what is saved is right to resume from
-    _import_short_names()
+    import_short_names()
     set_parsing_settings(add_print_completion_argument=True)
     try:
         cli = LitzooCLI(_with_encoder(arguments))
