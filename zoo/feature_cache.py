@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .layers.modes import evaluating
+from .clean_pass import clean_pass
 
 # A callback with one of these hooks wants to see every batch, but for the observers. By name, as some are of floors above.
 _BATCH_HOOKS = (
@@ -170,14 +170,10 @@ def training_features(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     Returns:
         Features `(N, D)`, labels `(N,)` and numbers of the samples `(N,)`, on the module's device.
     """
-    trainer = module.trainer
-    loader = trainer.datamodule.eval_train_dataloader()
+    loader = module.trainer.datamodule.eval_train_dataloader()
     rank_zero_info(f"encoding the training data once, {len(loader)} batches")
-    parts = []
-    with torch.no_grad(), evaluating(module), trainer.precision_plugin.forward_context():
-        for batch in islice(loader, int(trainer.fast_dev_run) or None):
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch), module.device)
-            parts.append((module.encode(batch.input), batch.label.long(), batch.index))
+    with clean_pass(module, loader) as batches:
+        parts = [(module.encode(batch.input), batch.label.long(), batch.index) for batch in batches]
     features, label, index = (torch.cat(column) for column in zip(*parts, strict=True))
     return features, label, index
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .batch import Batch
+from .clean_pass import clean_pass
 from .epoch_mean import log_epoch_mean
 from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 from .functional.nearest_neighbours import Scores, knn_predict
@@ -214,11 +214,9 @@ class InstanceDiscrimination(LightningModule):
 
     def _fill(self, data: Any) -> None:
         """Fill the bank with clean features, by one pass over the training images."""
-        batches = int(self.trainer.fast_dev_run) or None  # type: ignore[attr-defined]  # Lightning sets it in a connector
         rank_zero_info(f"filling the memory bank with the features of {self.num_train} training images")
-        with torch.no_grad(), evaluating(self), self.trainer.precision_plugin.forward_context():
-            for batch in islice(data.eval_train_dataloader(), batches):
-                batch = self.trainer.strategy.batch_to_device(self.trainer.precision_plugin.convert_input(batch), self.device)
+        with clean_pass(self, data.eval_train_dataloader()) as batches:
+            for batch in batches:
                 images, index, _ = _unpack(batch)
                 self.bank.write(index, self(images), momentum=0.0)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from .batch import input_and_label
 from .image_input import ImageInput
 from .layers.modes import evaluating
-from .layers.precision_at_one import PrecisionAtOne
+from .layers.precision_at_one import PrecisionAtOne, log_precision_at_one
 from .layers.relation_head import Aggregation, RelationHead
 from .optimization import configure_optimizer
 
@@ -215,19 +215,13 @@ class RelationalReasoning(LightningModule):
         return self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_precision(self.val_precision, "val")
+        log_precision_at_one(self, self.val_precision, "val/precision_at_1")
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
-        self._log_precision(self.test_precision, "test")
-
-    def _log_precision(self, metric: PrecisionAtOne, stage: str) -> None:
-        value = metric.compute()
-        metric.reset()
-        if not bool(value.isnan()):  # no image has a label
-            self.log(f"{stage}/precision_at_1", value, prog_bar=True)
+        log_precision_at_one(self, self.test_precision, "test/precision_at_1")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Features `(B, D)`; the images of a DataModule are normalised already."""

@@ -72,8 +72,11 @@ def select_samples(
     orders = [_class_order(production, model, called[0], name) for model, name in zip(models, called[1:], strict=True)] or [None]
     if not models and not others and rank == "disagreement":
         raise ValueError("one model alone cannot disagree with itself: give models, or views, or rank by entropy")
-    shares = None if weights is None else _weights(weights, len(members))
-    select(torch.ones(0, 2), torch.ones(0, 2), threshold=threshold, rank=rank)  # refuses settings before any work
+    shares = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    if shares is not None and shares.shape != (len(members),):
+        raise ValueError(f"there must be one weight for each of {len(members)} models, got {len(shares)}")
+    nothing = torch.ones(0, 2)
+    select(nothing, nothing, nothing.expand(len(members), -1, -1), shares, threshold, rank)  # refuses settings before any work
 
     found: list[Selection] = []
     with ExitStack() as stack:
@@ -114,15 +117,6 @@ def _class_order(production: Any, model: Any, called: str, name: str) -> Tensor 
     raise ValueError(
         f"{name} does not know the same {len(wanted)} classes as {called} ({only or 'a name comes twice'}): give models of the same classes"
     )
-
-
-def _weights(weights: Sequence[float], number: int) -> Tensor:
-    shares = torch.tensor(weights, dtype=torch.float64)
-    if shares.shape != (number,):
-        raise ValueError(f"there must be one weight for each of {number} models, got {len(weights)}")
-    if not bool((shares >= 0).all()) or not bool(shares.isfinite().all()) or float(shares.sum()) <= 0:
-        raise ValueError(f"weights must be at least 0 and not all 0, got {list(weights)}")
-    return shares
 
 
 def _inputs(data: Any) -> Iterator[Callable[[Any], list[Tensor]]]:

@@ -19,7 +19,7 @@ from .functional.supcon import Anchors, supcon_loss
 from .image_input import ImageInput
 from .layers.feature_queue import FeatureQueue
 from .layers.modes import evaluating
-from .layers.precision_at_one import PrecisionAtOne
+from .layers.precision_at_one import PrecisionAtOne, log_precision_at_one
 from .optimization import WarmupCosineLR, configure_optimizer
 
 
@@ -226,19 +226,13 @@ class SupConEncoder(LightningModule):
         return self._evaluate(batch, "val")
 
     def on_validation_epoch_end(self) -> None:
-        self._log_precision(self.val_precision, "val")
+        log_precision_at_one(self, self.val_precision, "val/precision_at_1")
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         return self._evaluate(batch, "test")
 
     def on_test_epoch_end(self) -> None:
-        self._log_precision(self.test_precision, "test")
-
-    def _log_precision(self, metric: PrecisionAtOne, stage: str) -> None:
-        value = metric.compute()
-        metric.reset()
-        if not bool(value.isnan()):  # no image has a label
-            self.log(f"{stage}/precision_at_1", value, prog_bar=True)
+        log_precision_at_one(self, self.test_precision, "test/precision_at_1")
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Embeddings `(B, embedding_dim)`; the images of a DataModule are normalised already."""

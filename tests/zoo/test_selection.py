@@ -130,6 +130,7 @@ def test_half_precision_and_no_samples() -> None:
         ({"weights": torch.ones(2)}, "give members too"),
         ({"members": torch.full((2, 2, 2), 0.5), "weights": torch.ones(3)}, "one weight for each of 2 members"),
         ({"members": torch.full((2, 2, 2), 0.5), "weights": torch.zeros(2)}, "not all 0"),
+        ({"members": torch.full((2, 2, 2), 0.5), "weights": torch.zeros(2), "rank": "entropy"}, "not all 0"),
     ],
 )
 def test_refused(change: dict[str, Any], words: str) -> None:

@@ -5,6 +5,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .label_cleaning import normalized_weights
+
 Rank = Literal["disagreement", "entropy", "margin"]
 
 # Rows of probabilities in half precision add up to 1 within this.
@@ -158,6 +160,7 @@ def select(
         raise ValueError(f"the fused probabilities must have shape {tuple(production.shape)}, got {tuple(fused.shape)}{more}")
     if members is None and weights is not None:
         raise ValueError("weights are those of the members: give members too")
+    share = _shares(weights, len(committee))
     for name, given in (("production", production), ("fused", fused), ("members", committee)):
         _check_probabilities(name, given)
 
@@ -168,7 +171,6 @@ def select(
     left_out = (proposed == label) & (score >= threshold) & (best >= threshold)
     against = (committee.amax(dim=-1) > torch.stack([_of(member, label) for member in committee])).sum(dim=0)
     if rank == "disagreement":
-        share = _shares(weights, len(committee))
         # Of M + 1, the production model has one part.
         share = torch.cat([share.new_ones(1), len(committee) * share])
         usefulness = disagreement(torch.cat([production[None].to(committee), committee]), share)
@@ -203,12 +205,9 @@ def _shares(weights: Tensor | None, number: int) -> Tensor:
     """Weights of sum 1, float64, on the CPU."""
     if weights is None:
         return torch.full((number,), 1 / number, dtype=torch.float64)
-    wide = weights.detach().cpu().double()
-    if wide.shape != (number,):
-        raise ValueError(f"there must be one weight for each of {number} members, got shape {tuple(wide.shape)}")
-    if not bool((wide >= 0).all()) or not bool(wide.isfinite().all()) or float(wide.sum()) <= 0:
-        raise ValueError(f"weights must be at least 0 and not all 0, got {wide.tolist()}")
-    return wide / wide.sum()
+    if weights.shape != (number,):
+        raise ValueError(f"there must be one weight for each of {number} members, got shape {tuple(weights.shape)}")
+    return normalized_weights(weights.detach().cpu())
 
 
 def _check_probabilities(name: str, given: Tensor) -> None:

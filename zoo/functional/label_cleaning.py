@@ -106,10 +106,29 @@ def fuse(logits: Tensor, weights: Tensor | None = None) -> Tensor:
         return wide.mean(dim=(0, 1)).softmax(dim=-1)
     if weights.shape != logits.shape[:2]:
         raise ValueError(f"weights must have shape (models, views) = {tuple(logits.shape[:2])}, got {tuple(weights.shape)}")
-    if not bool((weights >= 0).all()) or not bool(weights.isfinite().all()) or float(weights.sum()) <= 0:
+    return torch.einsum("mv,mvnc->nc", normalized_weights(weights).to(wide), wide).softmax(dim=-1)
+
+
+def normalized_weights(weights: Tensor) -> Tensor:
+    """Weights of the members of an ensemble, scaled to the sum 1.
+
+    Args:
+        weights: any shape, at least 0, not all 0.
+
+    Returns:
+        The same shape, float64.
+
+    Raises:
+        ValueError: if one is negative or not finite, or all are 0.
+
+    Example:
+        >>> normalized_weights(torch.tensor([1, 3]))
+        tensor([0.2500, 0.7500], dtype=torch.float64)
+    """
+    wide = weights.double()
+    if not bool((wide >= 0).all()) or not bool(wide.isfinite().all()) or float(wide.sum()) <= 0:
         raise ValueError(f"weights must be at least 0 and not all 0, got {weights.tolist()}")
-    share = (weights.double() / weights.double().sum()).to(wide)
-    return torch.einsum("mv,mvnc->nc", share, wide).softmax(dim=-1)
+    return wide / wide.sum()
 
 
 def label_votes(probabilities: Tensor, label: Tensor, threshold: float = 0.0) -> LabelVotes:

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
@@ -57,3 +58,20 @@ class PrecisionAtOne(Metric):
         first, second = nearest_neighbours(features, features, 2)[1].T
         nearest = first.where(first != torch.arange(len(label), device=label.device), second)
         return ((label[nearest] == label) & finite).float().mean()
+
+
+def log_precision_at_one(module: LightningModule, metric: PrecisionAtOne, name: str) -> None:
+    """Log the value of an epoch and begin anew; nothing is logged where fewer than two samples have a label.
+
+    Args:
+        module: at the end of its validation or test epoch.
+        metric: of the epoch.
+        name: such as "val/precision_at_1".
+
+    Example:
+        >>> log_precision_at_one(self, self.val_precision, "val/precision_at_1")
+    """
+    value = metric.compute()
+    metric.reset()
+    if not bool(value.isnan()):
+        module.log(name, value, prog_bar=True)
