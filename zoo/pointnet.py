@@ -1,6 +1,12 @@
 """PointNet: classification of point clouds.
 
-Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classification and Segmentation", CVPR 2017.
+A cloud is a set: what a network says of it must not depend on the order of its points. So one and the same function h is applied to
+every point, and the global feature is the maximum of each channel over the points (equation 1), from which linear layers tell the
+class. Two small networks of the same kind, the T-Nets, predict a matrix that aligns the points and one that aligns their features
+(section 4.2); a penalty keeps the second one close to orthogonal (equation 2).
+
+Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classification and Segmentation", CVPR 2017. The segmentation of
+parts is in `pointnet_segmenter.py`, theorem 2 in `critical_sets.py`.
 """
 
 from collections.abc import Sequence
@@ -247,12 +253,16 @@ class PointNetClassifier(LightningModule):
         Returns:
             `(B, C)` float32 probabilities, on the model's device.
 
+        Raises:
+            ValueError: if a cloud has another shape or no points, there are no clouds, or the views are impossible.
+
         Example:
             >>> litzoo.load("pointnet_furniture").predict(torch.rand(2048, 3)).argmax()
         """
         groups = prepare_raw(clouds, None, self.normalization, self.device)
+        dtype = next(self.parameters()).dtype
         with evaluating(self):
-            return torch.cat([self._vote(group, votes, vote_by).float().softmax(dim=1) for group in groups])
+            return torch.cat([self._vote(group.to(dtype), votes, vote_by).float().softmax(dim=1) for group in groups])
 
     def _vote(self, points: Tensor, votes: int, vote_by: VoteBy) -> Tensor:
         """Logits `(B, C)` of clouds `(B, N, 3)`; with several views, those of their mean probability."""
@@ -261,13 +271,7 @@ class PointNetClassifier(LightningModule):
         return logits if votes == 1 else log_mean_probability(logits.view(len(points), votes, -1), dim=1)
 
     def _output(self, points: Tensor) -> PointNetOutput:
-        if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
-            raise ValueError(f"PointNet takes clouds of shape (batch, points, 3), got {tuple(points.shape)}")
-        if self.training and points.shape[0] == 1:
-            raise ValueError(
-                "PointNet cannot train on a batch of one cloud, because BatchNorm has no variance to estimate: "
-                "use a batch size of at least 2 and drop an incomplete last batch, or call .eval() for predictions"
-            )
+        check_clouds(points, self.training)
         return self.backbone(points)
 
     def _loss(self, logits: Tensor, label: Tensor, transform: Tensor | None) -> Tensor:
@@ -317,6 +321,17 @@ class PointNetClassifier(LightningModule):
 
     def configure_optimizers(self) -> Any:
         return configure_optimizer(self, self.optimizer, self.lr_scheduler)
+
+
+def check_clouds(points: Tensor, training: bool) -> None:
+    """Refuse what is no batch of clouds `(B, N, 3)`, and in training a batch of a single one."""
+    if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
+        raise ValueError(f"PointNet takes clouds of shape (batch, points, 3), got {tuple(points.shape)}")
+    if training and points.shape[0] == 1:
+        raise ValueError(
+            "PointNet cannot train on a batch of one cloud, because BatchNorm has no variance to estimate: "
+            "use a batch size of at least 2 and drop an incomplete last batch, or call .eval() for predictions"
+        )
 
 
 def check_variant(variant: str) -> None:

@@ -1,5 +1,9 @@
 """PointNet for part segmentation: the part that each point of an object belongs to.
 
+The global feature of a cloud alone does not tell its points apart, and the features of a point alone do not tell in what it lies. So
+both are joined at each point, and the same layers tell from them the logits of its parts (section 4.2, "local and global information
+aggregation"). For parts of objects, the network is wider, joins the features of every layer and knows the object's class (supplement C).
+
 Qi, Su, Mo & Guibas, "PointNet: Deep Learning on Point Sets for 3D Classification and Segmentation", CVPR 2017.
 """
 
@@ -19,7 +23,7 @@ from .functional.points import Normalization, normalize_points
 from .layers.modes import evaluating
 from .layers.segmentation_metrics import PartIoU
 from .optimization import WarmupCosineLR, configure_optimizer
-from .pointnet import PointNet, TNet, Variant, check_variant, shared_mlp
+from .pointnet import PointNet, TNet, Variant, check_clouds, check_variant, shared_mlp
 
 Network = Literal["part", "semantic"]
 
@@ -231,21 +235,16 @@ class PointNetSegmenter(LightningModule):
         """
         if len(clouds) != len(label):
             raise ValueError(f"each cloud needs its class: there are {len(clouds)} clouds and {len(label)} classes")
+        dtype = next(self.parameters()).dtype
         with evaluating(self):
             parts = []
             for cloud, cls in zip(clouds, label.to(self.device), strict=True):
-                points = normalize_points(cloud.to(self.device, torch.float32), self.normalization)[None]
+                points = normalize_points(cloud.to(self.device, torch.float32), self.normalization)[None].to(dtype)
                 parts.append(self._best(self(points, cls[None]), cls[None])[0])
             return parts
 
     def _features(self, points: Tensor) -> SegmentationFeatures:
-        if points.dim() != 3 or points.shape[-1] != 3 or points.shape[1] == 0:
-            raise ValueError(f"PointNet takes clouds of shape (batch, points, 3), got {tuple(points.shape)}")
-        if self.training and points.shape[0] == 1:
-            raise ValueError(
-                "PointNet cannot train on a batch of one cloud, because BatchNorm has no variance to estimate: "
-                "use a batch size of at least 2 and drop an incomplete last batch, or call .eval() for predictions"
-            )
+        check_clouds(points, self.training)
         return self.backbone.features(points)
 
     def _logits(self, features: SegmentationFeatures, label: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ def prepare_raw(
         Batches in the order of the inputs; images and clouds are float32.
 
     Raises:
-        ValueError: if an image has the wrong shape, dtype or range, or there are no images.
+        ValueError: if an image has the wrong shape, dtype or range, or there are no inputs.
 
     Example:
         >>> [batch.shape for batch in prepare_raw([torch.rand(50, 3), torch.rand(2, 70, 3)], None, "unit_sphere", torch.device("cpu"))]
@@ -34,6 +34,8 @@ def prepare_raw(
     if image_input is not None:
         return image_input.prepare(inputs, device)
     groups = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    if not groups:
+        raise ValueError("there are no inputs to predict")
     if normalization is None:
         return [group.to(device) for group in groups]
     clouds = [group if group.dim() == 3 else group.unsqueeze(0) for group in groups]

@@ -218,6 +218,10 @@ def test_predict_takes_raw_clouds() -> None:
     torch.testing.assert_close(model.predict(torch.stack([clouds[0], clouds[0]]).double()), probability[[0, 0]])
     box = shaken(normalization="unit_box")
     torch.testing.assert_close(box.predict(clouds[0]), box(unit_box(clouds[0])[None]).softmax(1))
+    model.double()
+    torch.testing.assert_close(model.predict(clouds), probability, msg="a model of another precision takes the same clouds")
+    with pytest.raises(ValueError, match="there are no inputs"):
+        model.predict([])
     assert not probability.requires_grad
 
 

@@ -71,6 +71,8 @@ def test_predictions_are_parts_of_the_class() -> None:
     assert set(parts[0].tolist()) <= {2, 3, 4}
     assert set(parts[1].tolist()) <= {0, 1}
     assert model.training
+    again = model.double().predict(clouds, torch.tensor([1, 0]))
+    assert all(torch.equal(*pair) for pair in zip(again, parts, strict=True)), "a model of another precision takes the same clouds"
 
 
 def test_the_class_is_an_input_only_if_asked_for() -> None:

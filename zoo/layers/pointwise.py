@@ -1,4 +1,8 @@
-"""Linear, BatchNorm and ReLU for every point, and the maximum over the points, with fewer passes over memory than the plain layers."""
+"""Linear, BatchNorm and ReLU for every point, and the maximum over the points, with fewer passes over memory than the plain layers.
+
+The batch statistics of W x follow from those of x: with mean m and covariance S of x over all points of all clouds, a channel w of W
+has mean w.m and variance w.S w. So BatchNorm becomes part of the product, and W x need not be kept for the gradient.
+"""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -9,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-# Numbers that a thread works on at a time, so that they stay in its cache: of features, and of scores.
+# Numbers that a thread works on at a time, so that they stay in its cache: of features, and of W x where only its maximum is wanted.
 _CHUNK = 1 << 17
 _SCORES = 1 << 18
+# The same of a GPU, where they have to fit its memory.
 _GPU_CHUNK = 1 << 25
+# Points that are compared at a time.
 _GROUP = 64
 
 
@@ -48,20 +54,16 @@ class _Statistics(NamedTuple):
     variance: Tensor
 
 
-def _blocks(x: Tensor, width: int, chunk: int) -> Iterator[slice]:
-    """Some clouds of `(B, K, N)` at a time, so that `(b, width, N)` has about `chunk` numbers."""
-    if x.is_cuda:
-        chunk = _GPU_CHUNK
-    size = max(1, chunk // (width * x.shape[2]))
+def _blocks(x: Tensor, width: int, chunk: int = _CHUNK) -> Iterator[slice]:
+    """Some clouds of `(B, K, N)` at a time, so that `(b, width, N)` has about `chunk` numbers for each thread."""
+    numbers = _GPU_CHUNK if x.is_cuda else chunk * torch.get_num_threads()
+    size = max(1, numbers // (width * x.shape[2]))
     return (slice(start, start + size) for start in range(0, len(x), size))
 
 
 @torch.no_grad()
 def _statistics(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> _Statistics:
-    """The statistics that BatchNorm applies to W x in its mode; the running ones are updated as BatchNorm does.
-
-    With mean m and covariance S of x, a channel w of W x has mean w.m and variance w.S w.
-    """
+    """The statistics that BatchNorm applies to W x in its mode; the running ones are updated as BatchNorm does."""
     if not norm.training and norm.running_mean is not None:
         assert norm.running_var is not None
         return _Statistics(None, None, norm.running_mean.clone(), norm.running_var.clone())
@@ -70,7 +72,7 @@ def _statistics(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d) -> _Statistics:
         raise ValueError("a training batch of a single point has no variance: give more points or clouds")
     center = x.mean(dim=(0, 2))
     covariance = x.new_zeros(x.shape[1], x.shape[1])
-    for part in _blocks(x, x.shape[1], _CHUNK * torch.get_num_threads()):
+    for part in _blocks(x, x.shape[1]):
         centered = x[part] - center[:, None]
         covariance += (centered @ centered.mT).sum(dim=0)
     covariance /= count
@@ -105,15 +107,12 @@ class _Dense(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: tuple[Tensor | None, ...]
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: _Statistics
     ) -> Tensor:
-        _, _, mean, variance = statistics
-        assert mean is not None
-        assert variance is not None
-        factor = scale * (variance + eps).rsqrt()
-        matrix, offset = weight * factor[:, None], (shift - mean * factor)[:, None]
+        factor = scale * (statistics.variance + eps).rsqrt()
+        matrix, offset = weight * factor[:, None], (shift - statistics.mean * factor)[:, None]
         y = x.new_empty(len(x), len(weight), x.shape[2])
-        for part in _blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()):
+        for part in _blocks(x, max(weight.shape)):
             torch.matmul(matrix, x[part], out=y[part])
             y[part].add_(offset)
             if relu:
@@ -134,21 +133,21 @@ class _Dense(torch.autograd.Function):
         factor = scale * inverse
         matrix = weight * factor[:, None]
         product, total = torch.zeros_like(weight), torch.zeros_like(scale)
-        back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        blocks = list(_blocks(x, max(weight.shape), _CHUNK * torch.get_num_threads()))
+        by_input = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        blocks = list(_blocks(x, max(weight.shape)))
         for part in blocks:
             g = gradient[part] if y is None else _behind_relu(gradient[part], y[part])
             product += (g @ x[part].mT).sum(dim=0)
             total += g.sum(dim=2).sum(dim=0)
-            if back is not None:
-                torch.matmul(matrix.mT, g, out=back[part])
+            if by_input is not None:
+                torch.matmul(matrix.mT, g, out=by_input[part])
         by_scale = inverse * ((product * weight).sum(dim=1) - statistics.mean * total)
         by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
-        if back is not None and statistics.center is not None:
+        if by_input is not None and statistics.center is not None:
             mixing, constant = _input_gradient(total, by_scale, weight, factor, inverse, statistics.center, x.shape[0] * x.shape[2])
             for part in blocks:
-                back[part].add_(constant).sub_(mixing @ x[part])
-        return back, by_weight, by_scale, total, None, None, None
+                by_input[part].add_(constant).sub_(mixing @ x[part])
+        return by_input, by_weight, by_scale, total, None, None, None
 
 
 class _Maximum(torch.autograd.Function):
@@ -156,15 +155,12 @@ class _Maximum(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: tuple[Tensor | None, ...]
+        ctx: Any, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, eps: float, relu: bool, statistics: _Statistics
     ) -> tuple[Tensor, Tensor]:
-        _, _, mean, variance = statistics
-        assert mean is not None
-        assert variance is not None
         # The largest value has the largest W x, the smallest where gamma < 0.
         sign = torch.where(scale < 0, -1.0, 1.0).to(weight.dtype)
         best, point = _best(x, weight * sign[:, None])
-        normal = (best * sign - mean) * (variance + eps).rsqrt()
+        normal = (best * sign - statistics.mean) * (statistics.variance + eps).rsqrt()
         value = normal * scale + shift
         if relu:
             value.clamp_min_(0)
@@ -186,12 +182,12 @@ class _Maximum(torch.autograd.Function):
         factor = scale * inverse
         matrix = weight * factor[:, None]
         by_scale, total = (g * normal).sum(dim=0), g.sum(dim=0)
-        back = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        by_input = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         mixing = constant = None
         if statistics.center is not None:
             mixing, constant = _input_gradient(total, by_scale, weight, factor, inverse, statistics.center, x.shape[0] * x.shape[2])
         product = torch.zeros_like(weight)
-        for part in _blocks(x, max(weight.shape[1], 1), _CHUNK * torch.get_num_threads()):
+        for part in _blocks(x, max(weight.shape[1], 1)):
             clouds, channels, points = x[part].shape
             # Points along rows, so that a winner is one stretch of memory.
             rows = _transposed(x[part], x.new_empty(clouds, points, channels)).flatten(0, 1)
@@ -202,14 +198,14 @@ class _Maximum(torch.autograd.Function):
             else:
                 for mine, weights in zip(chosen, g[part], strict=True):
                     product.addcmul_(mine, weights[:, None])
-            if back is not None:
+            if by_input is not None:
                 direct = rows.new_zeros(rows.shape) if constant is None else constant.T.repeat(len(rows), 1)
                 direct.index_add_(0, row, (g[part][:, :, None] * matrix).flatten(0, 1))
                 if mixing is not None:
                     direct.addmm_(rows, mixing, alpha=-1)
-                _transposed(direct.view(clouds, points, channels), back[part])
+                _transposed(direct.view(clouds, points, channels), by_input[part])
         by_weight = _weight_gradient(product, total, by_scale, weight, factor, inverse, statistics)
-        return back, by_weight, by_scale, total, None, None, None
+        return by_input, by_weight, by_scale, total, None, None, None
 
 
 def _transposed(x: Tensor, into: Tensor) -> Tensor:
@@ -248,9 +244,8 @@ def _best(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """The largest `weight @ x` of each cloud and channel, and its point: `(B, K, N)`, `(C, K)` -> twice `(B, C)`."""
     best = x.new_empty(len(x), len(weight))
     points = torch.empty(best.shape, dtype=torch.long, device=x.device)
-    chunk = _SCORES * torch.get_num_threads()
-    channels = len(weight) if x.is_cuda else max(1, chunk // x.shape[2])
-    for part in _blocks(x, min(channels, len(weight)), chunk):
+    channels = len(weight) if x.is_cuda else max(1, _SCORES * torch.get_num_threads() // x.shape[2])
+    for part in _blocks(x, min(channels, len(weight)), _SCORES):
         for start in range(0, len(weight), channels):
             rows = slice(start, start + channels)
             # Channels by points, so that the maximum runs along memory.
@@ -280,9 +275,7 @@ def _argmax(scores: Tensor) -> Tensor:
 def linear_batchnorm(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: bool = True) -> Tensor:
     """relu(BatchNorm(W x)) for every point, equal to the plain layers and cheaper.
 
-    The batch statistics follow from those of the input: with mean m and covariance S of x over all points of all clouds, a channel w
-    has mean w.m and variance w.S w. So BatchNorm is part of the product, W x is never kept, and a few clouds at a time stay in the cache.
-    The running statistics are updated as BatchNorm does.
+    W x is never kept, and a few clouds at a time stay in the cache. The running statistics are updated as BatchNorm does.
 
     Args:
         x: `(B, K, N)` float32 or float64, N points of each of B clouds.
@@ -307,9 +300,8 @@ def linear_batchnorm_max(x: Tensor, weight: Tensor, norm: nn.BatchNorm1d, relu: 
     """max over points of relu(BatchNorm(W x)), and which point wins, equal to the plain layers and much cheaper.
 
     BatchNorm and ReLU are monotone in each channel, so the maximum is taken over W x (the minimum where gamma < 0) and they are
-    applied to the winners alone. The batch statistics follow from those of the input: with mean m and covariance S of x over all
-    points of all clouds, a channel w has mean w.m and variance w.S w. So the gradient flows through the winning points, m and S,
-    and W x is needed for the comparison only. The running statistics are updated as BatchNorm does.
+    applied to the winners alone. So the gradient flows through the winning points, m and S, and W x is needed for the comparison
+    only. The running statistics are updated as BatchNorm does.
 
     Args:
         x: `(B, K, N)` float32 or float64, N points of each of B clouds.
