@@ -34,7 +34,7 @@ class Arrays:
         class_names: name of each class.
         part: `(M, N)` part labels of points, or None.
         part_names: name of each part; empty without parts.
-        mapped: the packed file that `input` is mapped from, or None: images from `image`, points from `points` and their `part`. What a
+        mapped: the file that `input` is mapped from, or None: images from `image`, points from `points` and their `part`. What a
             worker process is sent is its path, not the data.
         count: `(M,)` int64, how many points each cloud has; behind them, its points come again from the first on. None if all are full.
     """
@@ -51,27 +51,18 @@ class Arrays:
     def __reduce__(self) -> tuple[Any, ...]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         if self.mapped is not None:
-            del values["input"]
-            values["part"] = None if self.part is None else ...
+            values["input"] = "image" if self.input.dim() == 4 else "points"
+            values["part"] = None if self.part is None else "part"
         return _rebuild, (values,)
 
 
 def _rebuild(values: dict[str, Any]) -> Arrays:
+    """Arrays that were sent to another process; of mapped ones, their names in the file were."""
     path = values["mapped"]
-    if path is None:
-        return Arrays(**values)
-    if values["part"] is ...:
-        values["part"] = map_array(path, "part")
-    return Arrays(input=map_input(path), **values)
-
-
-def map_input(path: Path) -> Tensor:
-    """Memory-map the images or the points of a packed file, whichever it holds."""
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        images = "image" in file
-    return map_images(path) if images else map_array(path, "points")
+    if path is not None:
+        values["input"] = map_images(path) if values["input"] == "image" else map_array(path, values["input"])
+        values["part"] = None if values["part"] is None else map_array(path, values["part"])
+    return Arrays(**values)
 
 
 class BatchSampler(DistributedSampler, SequentialSampler):

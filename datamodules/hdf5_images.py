@@ -11,6 +11,7 @@ from torch import Tensor
 from .arrays import Arrays
 from .augment.images import ImageAugmentation, Preset
 from .errors import DataError
+from .hdf5_packing import pack_large
 from .hdf5_reading import open_hdf5, resolve_path
 from .images import ImageDataModule
 from .packing import map_images
@@ -18,21 +19,22 @@ from .splits import TRAIN
 
 
 def read_images(
-    path: Path, label: str = "label", class_names: str = "class_names", unlabelled: bool = False
+    path: Path, label: str = "label", class_names: str = "class_names", unlabelled: bool = False, pack: Path | None = None
 ) -> tuple[Arrays, Tensor | None]:
-    """Read a file of images; one contiguous, uncompressed block is memory-mapped, anything else is read into memory.
+    """Read a file of images; one contiguous, uncompressed block is memory-mapped, as is what is packed of anything else above 64 MB.
 
     Args:
         path: an HDF5 file with `image` `(M, H, W, C)` uint8, C = 1 or 3, and labels.
         label: name of the labels `(M,)`.
         class_names: name of the list of class names, which may be missing.
         unlabelled: whether a label may be -1, unknown.
+        pack: see `pack_large`.
 
     Returns:
         The arrays, all samples in the training split, and the split `(M,)` of the file or None.
 
     Raises:
-        DataError: if the file is missing, truncated or of another layout.
+        DataError: if the file is missing, truncated or of another layout, or what is packed of it cannot be written.
 
     Example:
         >>> arrays, split = read_images(Path("cifar10.h5"))
@@ -50,11 +52,12 @@ def read_images(
             if array is not None and array.shape != shape[:1]:
                 raise DataError(f"{path}: {name} must have shape ({shape[0]},) like the images, it has {tuple(array.shape)}")
         reader.check_labels(numbers, split, names, lowest=-1 if unlabelled else 0)
-        contiguous = image.chunks is None and image.id.get_offset() is not None
-        images = map_images(path) if contiguous else torch.from_numpy(image[...]).permute(0, 3, 1, 2)
+        blocks = reader.blocks("image")
+        mapped = path.absolute() if reader.can_map("image") else pack_large(reader, ("image",), blocks, "images", pack)
+        images = reader.numbers("image").permute(0, 3, 1, 2) if mapped is None else map_images(mapped)
     names = names if names is not None else tuple(str(cls) for cls in range(int(numbers.max()) + 1))
     every = torch.zeros(len(numbers), dtype=torch.uint8)
-    return Arrays(images, numbers, every, names, mapped=path.absolute() if contiguous else None), split
+    return Arrays(images, numbers, every, names, mapped=mapped), split
 
 
 class HDF5ImagesDataModule(ImageDataModule):
@@ -62,7 +65,8 @@ class HDF5ImagesDataModule(ImageDataModule):
 
     The file holds `image` `(M, H, W, C)` uint8 with C = 1 or 3, `label` `(M,)` int, and optionally `split` `(M,)`
     (0 = train, 1 = validation, 2 = test) and `class_names` `(C,)` text. Images in one contiguous, uncompressed block are
-    memory-mapped, others are read into memory. A label of -1 is unknown: such images always train, all of them.
+    memory-mapped. Others are read into memory up to 64 MB; more of them are packed once, some at a time, into a file that is
+    memory-mapped, and anew if the given file changes. A label of -1 is unknown: such images always train, all of them.
 
     Args:
         path: the file; `~` and environment variables are resolved.
@@ -82,6 +86,8 @@ class HDF5ImagesDataModule(ImageDataModule):
         eval_batch_size: images in an evaluation batch; None means twice `batch_size`.
         num_workers: loader processes; 0 is the fastest for packed images.
         seed: seed of order and augmentation; None takes that of `seed_everything`, or 0.
+        pack: file to pack into, or an existing folder for it; None puts it beside `path`, or into `~/.cache/litzoo` where that is not
+            allowed.
 
     Raises:
         DataError: if the file is missing, truncated or of another layout.
@@ -112,6 +118,7 @@ class HDF5ImagesDataModule(ImageDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
+        pack: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             augmentation,
@@ -132,9 +139,10 @@ class HDF5ImagesDataModule(ImageDataModule):
             seed,
         )
         self.path = resolve_path(path)
+        self.pack = None if pack is None else Path(os.path.abspath(resolve_path(pack)))
 
     def read(self) -> Arrays:
-        arrays, given = read_images(self.path, unlabelled=True)
+        arrays, given = read_images(self.path, unlabelled=True, pack=self.pack)
         lost = 0 if given is None else int((given[arrays.label < 0] != TRAIN).sum())
         if lost:
             raise DataError(

@@ -1,6 +1,8 @@
 """Point clouds from one HDF5 file."""
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -9,7 +11,9 @@ from ..zoo.functional.points import Normalization
 from .arrays import Arrays
 from .augment.points import PointAugmentation
 from .errors import DataError
-from .hdf5_reading import open_hdf5, resolve_path
+from .hdf5_packing import pack_large
+from .hdf5_reading import HDF5Reader, open_hdf5, resolve_path
+from .packing import map_array
 from .points import PointsDataModule
 
 
@@ -18,7 +22,9 @@ class HDF5PointsDataModule(PointsDataModule):
 
     The file holds `points` `(M, N, 3)` float, `label` `(M,)` int, and optionally `split` `(M,)` (0 = train,
     1 = validation, 2 = test), `class_names` `(C,)` text, `part` `(M, N)` int, `part_names`, and `count` `(M,)`, where clouds have fewer
-    points than N: those behind them are never seen. It is read into memory. Without `split`, a stratified one is drawn.
+    points than N: those behind them are never seen. Without `split`, a stratified one is drawn. Without `count`, clouds and parts in
+    contiguous, uncompressed blocks are memory-mapped. Others are read into memory up to 64 MB; more of them are packed once, some at a
+    time, into a file that is memory-mapped, and anew if the given file changes.
 
     Args:
         path: the file; `~` and environment variables are resolved.
@@ -34,6 +40,8 @@ class HDF5PointsDataModule(PointsDataModule):
         eval_batch_size: samples in an evaluation batch; None means twice `batch_size`.
         num_workers: loader processes; 0 is the fastest for data in memory.
         seed: seed of order and augmentation; None takes that of `seed_everything`, or 0.
+        pack: file to pack into, or an existing folder for it; None puts it beside `path`, or into `~/.cache/litzoo` where that is not
+            allowed.
 
     Raises:
         DataError: if the file is missing, truncated or of another layout.
@@ -59,6 +67,7 @@ class HDF5PointsDataModule(PointsDataModule):
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
+        pack: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__(
             num_points,
@@ -75,42 +84,70 @@ class HDF5PointsDataModule(PointsDataModule):
             seed=seed,
         )
         self.path = resolve_path(path)
+        self.pack = None if pack is None else Path(os.path.abspath(resolve_path(pack)))
 
     def read(self) -> Arrays:
         with open_hdf5(self.path, "clouds", "points", "label") as file:
-            points, label = file.numbers("points"), file.whole_numbers("label").long()
+            names = ("points", "part") if "part" in file else ("points",)
+            label = file.whole_numbers("label").long()
             split = file.whole_numbers("split") if "split" in file else None
-            names = file.texts("class_names") if "class_names" in file else None
-            part = file.whole_numbers("part") if "part" in file else None
+            classes = file.texts("class_names") if "class_names" in file else None
             part_names = file.texts("part_names") if "part_names" in file else ()
             count = file.whole_numbers("count").long() if "count" in file else None
-            self._check(points, label, split, part, count)
-            if part is not None and part_names and part.max() >= len(part_names):
-                raise DataError(f"{self.path}: parts run up to {part.max()}, but there are {len(part_names)} part names")
-            file.check_labels(label, split, names)
-        names = names if names is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
-        if count is not None:  # whatever stands behind a cloud's points, they come again there
-            cloud, place = torch.arange(len(points))[:, None], torch.arange(points.shape[1]) % count[:, None]
-            points, part = points[cloud, place], None if part is None else part[cloud, place]
-        return Arrays(points, label, self.finish_split(label, split), names, part, part_names, count=count)
+            self._check(file, label, split, count)
+            file.check_labels(label, split, classes)
+            blocks = self._blocks(file, names, count, part_names)
+            if count is None and file.can_map(*names):
+                for _ in blocks:  # looks for what is wrong
+                    pass
+                mapped: Path | None = self.path.absolute()
+            else:
+                mapped = pack_large(file, names, blocks, "clouds", self.pack)
+            if mapped is None:
+                stored = [torch.cat(parts) for parts in zip(*(values for _, values in blocks), strict=True)]
+            else:
+                stored = [map_array(mapped, name) for name in names]
+        classes = classes if classes is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
+        part = stored[1] if len(stored) > 1 else None
+        return Arrays(stored[0], label, self.finish_split(label, split), classes, part, part_names, mapped, count)
 
-    def _check(self, points: Tensor, label: Tensor, split: Tensor | None, part: Tensor | None, count: Tensor | None) -> None:
-        if points.dim() != 3 or points.shape[-1] != 3 or not points.is_floating_point() or 0 in points.shape:
-            raise DataError(f"{self.path}: points must be floats of shape (M, N, 3), they are {points.dtype} {tuple(points.shape)}")
-        for name, array, shape in (
-            ("label", label, points.shape[:1]),
-            ("split", split, points.shape[:1]),
-            ("part", part, points.shape[:2]),
-            ("count", count, points.shape[:1]),
-        ):
-            if array is not None and array.shape != shape:
-                raise DataError(f"{self.path}: {name} must have shape {tuple(shape)} like the points, it has {tuple(array.shape)}")
-        if count is not None and not bool(((count >= 1) & (count <= points.shape[1])).all()):
+    def _check(self, file: HDF5Reader, label: Tensor, split: Tensor | None, count: Tensor | None) -> None:
+        kind, shape = file.kind("points"), tuple(file.file["points"].shape)
+        if len(shape) != 3 or shape[-1] != 3 or kind.kind != "f" or 0 in shape:
+            raise DataError(f"{self.path}: points must be floats of shape (M, N, 3), they are {kind} {shape}")
+        shapes = {name: tuple(array.shape) for name, array in (("label", label), ("split", split), ("count", count)) if array is not None}
+        if "part" in file:
+            file.kind("part")  # refuses what is no array of numbers
+            shapes["part"] = tuple(file.file["part"].shape)
+        for name, found in shapes.items():
+            expected = shape[:2] if name == "part" else shape[:1]
+            if found != expected:
+                raise DataError(f"{self.path}: {name} must have shape {expected} like the points, it has {found}")
+        if count is not None and not bool(((count >= 1) & (count <= shape[1])).all()):
             raise DataError(
-                f"{self.path}: count must say how many of its {points.shape[1]} points each cloud has, it runs from {count.min()} to {count.max()}: "
+                f"{self.path}: count must say how many of its {shape[1]} points each cloud has, it runs from {count.min()} to {count.max()}: "
                 "correct or remove it"
             )
-        own = torch.arange(points.shape[1]) < (points.shape[1] if count is None else count[:, None])
-        bad = (~(torch.isfinite(points).all(-1) | ~own).all(-1)).nonzero().squeeze(1).tolist()
+
+    def _blocks(
+        self, file: HDF5Reader, names: tuple[str, ...], count: Tensor | None, part_names: tuple[str, ...]
+    ) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Points and parts, some clouds at a time; whatever stands behind a cloud's points, they come again there.
+
+        Raises:
+            DataError: at the end, if coordinates are not finite; at once, if a part is none.
+        """
+        bad: list[int] = []
+        place = torch.arange(file.file["points"].shape[1])
+        for rows, values in file.blocks(*names):
+            for part in values[1:]:
+                file.check_whole("part", part)
+                if part_names and part.max() >= len(part_names):
+                    raise DataError(f"{self.path}: parts run up to {part.max()}, but there are {len(part_names)} part names")
+            if count is not None:
+                own = place % count[rows, None]
+                values = tuple(value[torch.arange(len(value))[:, None], own] for value in values)
+            bad += (rows.start + (~torch.isfinite(values[0]).flatten(1).all(1)).nonzero().squeeze(1)).tolist()
+            yield rows, values
         if bad:
             raise DataError(f"{self.path}: {len(bad)} clouds hold NaN or infinite coordinates, the first at position {bad[0]}: remove them")

@@ -1,16 +1,22 @@
 """Reading arrays out of an HDF5 file, with one clear sentence about whatever is wrong with it."""
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .errors import DataError
+from .packing import can_map
 from .splits import TEST, TRAIN, VAL
+
+# Bytes that are read at a time.
+_BLOCK = 1 << 24
 
 
 class HDF5Reader:
@@ -19,30 +25,65 @@ class HDF5Reader:
     Args:
         path: for the messages.
         file: the open `h5py.File`.
+        stamp: size and time of modification of the file.
     """
 
-    def __init__(self, path: Path, file: Any) -> None:
+    def __init__(self, path: Path, file: Any, stamp: str) -> None:
         self.path = path
         self.file = file
+        self.stamp = stamp
 
     def __contains__(self, name: str) -> bool:
         return name in self.file
 
-    def numbers(self, name: str) -> Tensor:
-        """A whole array of numbers, in the machine's byte order."""
+    def kind(self, name: str) -> np.dtype[Any]:
+        """The type in which an array of numbers is read: in the machine's byte order, and one that torch can index."""
         kind = getattr(self.file[name], "dtype", None)
         if kind is None or kind.kind not in "biuf" or kind.itemsize > 8:
             raise DataError(f"{self.path}: {name} must be an array of numbers, it is {'a group' if kind is None else f'of type {kind}'}")
         # Torch cannot index with the wider unsigned types.
-        native = "i8" if kind.kind == "u" and kind.itemsize > 1 else kind.newbyteorder("=")
-        return torch.from_numpy(self.file[name][...].astype(native, copy=False))
+        return np.dtype("i8") if kind.kind == "u" and kind.itemsize > 1 else kind.newbyteorder("=")
+
+    def numbers(self, name: str) -> Tensor:
+        """A whole array of numbers."""
+        kind = self.kind(name)
+        return torch.from_numpy(self.file[name][...].astype(kind, copy=False))
 
     def whole_numbers(self, name: str) -> Tensor:
         """A whole array of numbers without fractions."""
-        values = self.numbers(name)
+        return self.check_whole(name, self.numbers(name))
+
+    def check_whole(self, name: str, values: Tensor) -> Tensor:
+        """The values, which must be numbers without fractions."""
         if values.is_floating_point() and not torch.equal(values, values.long().to(values.dtype)):
             raise DataError(f"{self.path}: {name} must hold whole numbers, it holds fractions or NaN")
         return values
+
+    def size(self, *names: str) -> int:
+        """Bytes that some arrays take in memory."""
+        return sum(math.prod(self.file[name].shape) * self.kind(name).itemsize for name in names)
+
+    def can_map(self, *names: str) -> bool:
+        """Whether all of some arrays of numbers can be memory-mapped, and then indexed by torch."""
+        return all(can_map(self.file[name]) and self.file[name].dtype == self.kind(name) for name in names)
+
+    def blocks(self, *names: str) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+        """Arrays of equally many samples, a block of samples at a time, so that they are never in memory whole.
+
+        Args:
+            names: of the arrays.
+
+        Yields:
+            Which samples, and the arrays' values of them.
+        """
+        samples = len(self.file[names[0]])
+        rows = max(1, _BLOCK * samples // self.size(*names))
+        # Whole chunks, so that each is unpacked once, unless they are too long.
+        chunk = max((self.file[name].chunks or (1,))[0] for name in names)
+        rows = rows // chunk * chunk or min(chunk, 4 * rows)
+        for start in range(0, samples, rows):
+            part = slice(start, min(start + rows, samples))
+            yield part, tuple(torch.from_numpy(self.file[name][part].astype(self.kind(name), copy=False)) for name in names)
 
     def texts(self, name: str) -> tuple[str, ...]:
         """A list of texts."""
@@ -95,10 +136,11 @@ def open_hdf5(path: Path, content: str, *needed: str) -> Iterator[HDF5Reader]:
     if not path.is_file():
         raise DataError(f"there is no file {path}: give the HDF5 file of the {content} with --data.path")
     try:
+        status = path.stat()  # before it is opened: of what is written to it meanwhile, the stamp must be another one
         with h5py.File(path, "r") as file:
             missing = [name for name in needed if name not in file]
             if missing:
                 raise DataError(f"{path} has no data set {' and '.join(missing)}; it holds: {', '.join(file) or 'nothing'}")
-            yield HDF5Reader(path, file)
+            yield HDF5Reader(path, file, f"{status.st_size} {status.st_mtime_ns}")
     except OSError as error:
         raise DataError(f"{path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew") from error

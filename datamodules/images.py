@@ -14,6 +14,8 @@ from .splits import TRAIN, VAL, hold_out, stratified_split, thin_out
 
 # Training images on which mean and standard deviation are measured, where none are published.
 _SAMPLED = 2048
+# Of these, so many are counted at a time.
+_BLOCK = 64
 
 
 class ImageDataModule(ArrayDataModule):
@@ -144,9 +146,15 @@ class ImageDataModule(ArrayDataModule):
         if mean is None or std is None:
             train = self.indices(TRAIN)
             chosen = train[torch.linspace(0, len(train) - 1, min(_SAMPLED, len(train))).round().long()]
-            pixels = self.arrays.input[chosen].transpose(0, 1).flatten(1).double() / 255
+            count = torch.zeros(self.in_channels, 256, dtype=torch.double)  # how often each value occurs
+            for index in chosen.split(_BLOCK):
+                pixels = self.arrays.input[index].transpose(0, 1).flatten(1)
+                count += torch.stack([channel.bincount(minlength=256) for channel in pixels])
+            value, share = torch.arange(256, dtype=torch.double) / 255, count / count.sum(1, keepdim=True)
+            average = share @ value
+            spread = (share * (value - average[:, None]).square()).sum(1).sqrt()
             # A channel without contrast must not be blown up.
-            measured = pixels.mean(1).tolist(), pixels.std(1, correction=0).clamp(min=1 / 255).tolist()
+            measured = average.tolist(), spread.clamp(min=1 / 255).tolist()
             mean, std = (given or tuple(round(value, 4) for value in found) for given, found in zip((mean, std), measured, strict=True))
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != self.in_channels:

@@ -3,9 +3,13 @@
 import errno
 import hashlib
 import math
+import mmap
 import os
+import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from shutil import disk_usage
 from typing import Any
 
 import numpy as np
@@ -17,6 +21,8 @@ from .errors import DataError
 
 # No permission, no room, a read-only file system, a file where a folder is needed.
 _UNWRITABLE = (errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+# MAP_NORESERVE, which Python does not name; of other machines the number is another one.
+_NO_RESERVE = 0x4000 if platform.machine() in ("x86_64", "aarch64") else 0
 
 
 def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str = "--data.root") -> None:
@@ -57,9 +63,12 @@ def pack_once(path: Path, source: str, write: Callable[[Any], None], option: str
 def _write(path: Path, source: str, write: Callable[[Any], None]) -> None:
     import h5py
 
-    with whole_file(path) as temporary, h5py.File(temporary, "w") as file:
-        write(file)
-        file.attrs["source"] = source
+    with whole_file(path) as temporary:
+        with h5py.File(temporary, "w") as file:
+            write(file)
+            file.attrs["source"] = source
+        with temporary.open("r+b") as written:  # before it gets its name, or a power failure could leave blocks of zeros in it
+            os.fsync(written.fileno())
 
 
 def remove_leftovers(path: Path) -> None:
@@ -199,12 +208,18 @@ def block_dataset(file: Any, name: str, shape: tuple[int, ...], dtype: str | np.
     Returns:
         The empty block; assign arrays of that dtype to its slices.
 
+    Raises:
+        OSError: if there is no room for it.
+
     Example:
         >>> block_dataset(file, "image", (50000, 32, 32, 3))[:1000] = images
     """
     import h5py
 
     kind = np.dtype(dtype)
+    needed, free = math.prod(shape) * kind.itemsize, disk_usage(Path(file.filename).absolute().parent).free
+    if free < needed:  # told now, not hours later
+        raise OSError(errno.ENOSPC, f"{name} takes {needed / 1e6:,.1f} MB, but {free / 1e6:,.1f} MB are free")
     properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     properties.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
@@ -213,10 +228,27 @@ def block_dataset(file: Any, name: str, shape: tuple[int, ...], dtype: str | np.
     return ArrayBlock(Path(file.filename), name, made.get_offset(), shape, kind)
 
 
-def map_array(path: Path, name: str) -> Tensor:
-    """Memory-map an array of an HDF5 file that is one contiguous, uncompressed block of native numbers.
+def can_map(array: Any) -> bool:
+    """Whether an array of an HDF5 file can be memory-mapped: one contiguous, uncompressed block of native numbers.
 
-    Worker processes share its pages; one that writes to a page gets a copy of its own.
+    Args:
+        array: the open `h5py.Dataset`.
+
+    Returns:
+        False if it is chunked, was never written, or its numbers have a foreign byte order or lie across their own size.
+
+    Example:
+        >>> can_map(file["image"])
+        True
+    """
+    offset = array.id.get_offset()
+    return array.chunks is None and offset is not None and offset % array.dtype.itemsize == 0 and array.dtype.isnative
+
+
+def map_array(path: Path, name: str) -> Tensor:
+    """Memory-map an array of an HDF5 file, see `can_map`; it may be larger than the machine's memory.
+
+    All processes that map it share its pages; one that writes to a page gets a copy of its own.
 
     Args:
         path: the file.
@@ -236,14 +268,25 @@ def map_array(path: Path, name: str) -> Tensor:
 
     with h5py.File(path, "r") as file:
         array = file[name]
+        if not can_map(array):
+            raise DataError(f"{path}: {name} is chunked, compressed or of foreign byte order, and cannot be memory-mapped")
         offset, shape, dtype = array.id.get_offset(), array.shape, array.dtype
-    if offset is None or not dtype.isnative:
-        raise DataError(f"{path}: {name} is chunked, compressed or of foreign byte order, and cannot be memory-mapped")
     try:
-        stored = np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
+        return torch.from_numpy(_map(path, offset, shape, dtype))
     except ValueError as error:
         raise DataError(f"{path} is truncated: delete it, it is made anew ({error})") from error
-    return torch.from_numpy(stored)
+
+
+def _map(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    count = math.prod(shape)
+    if sys.platform != "linux" or count == 0:
+        return np.memmap(path, dtype=dtype, mode="c", offset=offset, shape=shape)
+    # Linux would reserve memory for a copy of every page, and refuse a file that is larger than the memory.
+    with path.open("rb") as file:
+        mapped = mmap.mmap(
+            file.fileno(), offset + count * dtype.itemsize, flags=mmap.MAP_PRIVATE | _NO_RESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
+        )
+    return np.frombuffer(mapped, dtype, count, offset).reshape(shape)
 
 
 def map_images(path: Path) -> Tensor:
