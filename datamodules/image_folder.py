@@ -53,7 +53,7 @@ class ImageFolderDataModule(ImageDataModule):
 
     Args:
         path: the folder; `~` and environment variables are resolved.
-        size: height and width of the packed images, pixels.
+        size: height and width of the packed images, pixels; None takes 64, or `image_size` where that is more.
         fit: "crop" scales the shorter edge to `size` and keeps the centre, "stretch" changes the proportions.
         color: three channels; False packs grey images of one channel.
         pack: file to pack into, or an existing folder for it; None puts it beside `path`, or into `~/.cache/litzoo` where that is not
@@ -89,7 +89,7 @@ class ImageFolderDataModule(ImageDataModule):
     def __init__(
         self,
         path: str | os.PathLike[str],
-        size: int = 64,
+        size: int | None = None,
         fit: Fit = "crop",
         color: bool = True,
         pack: str | os.PathLike[str] | None = None,
@@ -129,6 +129,7 @@ class ImageFolderDataModule(ImageDataModule):
             num_workers,
             seed,
         )
+        size = max(64, image_size or 0) if size is None else size
         if size < 1:
             raise ValueError(f"size must be at least 1, got {size}")
         if fit not in ("crop", "stretch"):

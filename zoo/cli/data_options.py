@@ -1,11 +1,13 @@
 """What the commands share that take a DataModule: its options on the command line, a recipe's data as their start."""
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
 from . import CommandError, recipe_names, recipe_path
+from .encoder_data import prepare_images_for
 
 if TYPE_CHECKING:
     from ...datamodules import ArrayDataModule
@@ -50,13 +52,16 @@ def add_data_options(parser: ArgumentParser) -> None:
     parser.add_subclass_arguments(LightningDataModule, "data", required=False)
 
 
-def parse_with_data(parser: ArgumentParser, arguments: list[str], purpose: str) -> tuple[Any, "ArrayDataModule | None"]:
+def parse_with_data(
+    parser: ArgumentParser, arguments: list[str], purpose: str, encoder: Callable[[Any], str | None] = lambda options: None
+) -> tuple[Any, "ArrayDataModule | None"]:
     """The options and the data; a recipe's data are what the command line starts from.
 
     Args:
         parser: with the options of `add_data_options` and others.
         arguments: the command line.
         purpose: the beginning of a sentence on data of others, such as "litzoo show data draws".
+        encoder: options -> the encoder that is to get the data, which then come as it knows them where no option says otherwise.
 
     Returns:
         The options, and the data, or None if nobody says which.
@@ -80,6 +85,7 @@ def parse_with_data(parser: ArgumentParser, arguments: list[str], purpose: str) 
     options = parser.parse_args(arguments)
     if options.data is None:
         return options, None
+    prepare_images_for(encoder(options), options.data.get("init_args") or {})
     data = parser.instantiate(options).data
     if not isinstance(data, ArrayDataModule):
         raise CommandError(f"{purpose} the data sets of litzoo, not {type(data).__name__}")

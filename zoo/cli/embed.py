@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 
 from ..batch import Batch
 from ..files import whole_file
+from ..image_encoder import ImageEncoder
 from ..pretrained import load_encoder
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
@@ -55,7 +56,7 @@ def embed(arguments: list[str]) -> int:
 
     The file has a group for each split with `features` `(N, D)` float32 of the model's `encode`, `label` `(N,)` int64, -1 where there is
     none, and `index` `(N,)` int64, the number of each sample in its data set. A model without class probabilities (without `predict`)
-    has an embedding space: `embedding` `(N, E)` float32 is what its `forward` gives. Attributes of the file: `model`, `model_class`,
+    has an embedding space, unless it is an encoder alone: `embedding` `(N, E)` float32 is what its `forward` gives. Attributes of the file: `model`, `model_class`,
     `data`, `class_names`, `fingerprint` (of the training samples), `litzoo` (version), and the size and normalisation of the data.
 
     Args:
@@ -74,12 +75,12 @@ def embed(arguments: list[str]) -> int:
     parser = Parser(
         prog="litzoo embed", description="Write the features that a model gives to the samples of a data set into an HDF5 file."
     )
-    parser.add_argument("--model", type=str, required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt or hf-hub:owner/repo")
+    parser.add_argument("--model", type=str, required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt, hf-hub:owner/repo or timm:NAME")
     add_data_options(parser)
     parser.add_argument("--split", nargs="+", choices=SPLITS, help="which splits; by default all that have samples")
     parser.add_argument("--output", type=Path, required=True, help="the .h5 file to write; one that exists is not overwritten")
     add_encoding_options(parser)
-    options, data = parse_with_data(parser, arguments, "litzoo embed takes")
+    options, data = parse_with_data(parser, arguments, "litzoo embed takes", lambda options: options.model)
     output: Path = options.output
     if output.suffix.lower() not in HDF5:
         raise CommandError(f"--output {output}: give a name that ends in .h5 or .hdf5")
@@ -179,6 +180,11 @@ def prepared_batches(
         yield batch, inputs
 
 
+def has_embedding(model: Any) -> bool:
+    """Whether `forward` gives something else than classes or the very features of `encode`."""
+    return not hasattr(model, "predict") and not isinstance(model, ImageEncoder)
+
+
 def encode_split(model: Any, data: "ArrayDataModule", split: str, batch_size: int | None, progress: bool = True) -> Iterator[Encoded]:
     """Encode the samples of a split, never augmented, batch by batch, in the order of the data set.
 
@@ -198,7 +204,7 @@ def encode_split(model: Any, data: "ArrayDataModule", split: str, batch_size: in
     for batch, inputs in prepared_batches(model, data, split, batch_size, progress):
         with torch.no_grad():
             features = model.encode(inputs)
-            embedding = None if hasattr(model, "predict") else model(inputs)
+            embedding = model(inputs) if has_embedding(model) else None
         for name, found in (("encode", features), ("forward", embedding)):
             if found is not None and (found.dim() != 2 or len(found) != len(inputs)):
                 raise CommandError(

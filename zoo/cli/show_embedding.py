@@ -9,7 +9,7 @@ import torch
 from ..pretrained import load_encoder
 from . import CommandError
 from .data_options import Parser, add_data_options, parse_with_data
-from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split
+from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split, has_embedding
 from .runs import run_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,8 @@ def show_embedding(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of samples and of the method")
     parser.add_argument("--output", type=Path, nargs="+", default=[Path("embedding.png")], help=".png and .html files to write")
     add_encoding_options(parser)
-    options, data = parse_with_data(parser, arguments, "litzoo show embedding takes")
+    models = lambda options: next((source for source in options.sources if not _is_file(source)), None)
+    options, data = parse_with_data(parser, arguments, "litzoo show embedding takes", models)
     if options.samples < 2:
         raise CommandError(f"--samples must be at least 2, got {options.samples}")
     for path in options.output:
@@ -139,7 +140,7 @@ def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") 
             group = file[options.split]
             if column not in group:
                 raise CommandError(
-                    f"{source} has no embedding, because {file.attrs.get('model_class')} classifies: leave out --features forward"
+                    f"{source} has no embedding beside its features: leave out --features forward"
                 )
             if data is not None and file.attrs.get("fingerprint") != data.fingerprint:
                 raise CommandError(f"{source} was made of other data than this {type(data).__name__}: give those with --data or --config")
@@ -160,8 +161,8 @@ def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") 
 def _encode(source: str, name: str, options: Any, data: "ArrayDataModule") -> _Source:
     model = load_encoder(source, options.device)
     check_agreement(model, source, data)
-    if options.features == "forward" and hasattr(model, "predict"):
-        raise CommandError(f"{source} has no embedding, because {type(model).__name__} classifies: leave out --features forward")
+    if options.features == "forward" and not has_embedding(model):
+        raise CommandError(f"{source} has no embedding beside its features: leave out --features forward")
     column = Encoded._fields.index("features" if options.features == "encode" else "embedding")
     parts = [(batch[column], batch.label, batch.index) for batch in encode_split(model, data, options.split, options.batch_size)]
     features, label, index = (np.concatenate(column) for column in zip(*parts, strict=True))

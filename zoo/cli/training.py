@@ -211,6 +211,9 @@ class LitzooCLI(LightningCLI):
         self._find_start(settings)
         if settings.trainer.fast_dev_run or settings.trainer.logger is False:
             self.save_config_callback = None  # there is no folder to save it in
+        self._encoder = init_args.get("encoder")
+        if self._described is not None and self._encoder is not None:  # its weights are in the checkpoint, wherever they once came from
+            init_args["encoder"] = self._described
         prepare_images_for(self._weights or init_args.get("encoder"), settings.data.get("init_args") or {})
 
     def _find_start(self, settings: Any) -> None:
@@ -223,6 +226,7 @@ class LitzooCLI(LightningCLI):
         self._checkpoint: Path | None = None
         self._old_run: Path | None = None
         self._resumed: ResumePoint | None = None
+        self._described: dict[str, Any] | None = None
         if not fits and _is_weights(given):
             held, expected = read_header(given)["model"], settings.model.class_path.rpartition(".")[2]
             if held != expected:
@@ -244,6 +248,7 @@ class LitzooCLI(LightningCLI):
         settings.ckpt_path = str(self._checkpoint)
         checkpoint = read_checkpoint(self._checkpoint, to_resume=fits)
         _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
+        self._described = (checkpoint.get("hyper_parameters") or {}).get("encoder")
         self._old_run = saved_run(checkpoint) if wanted == requeued else run_of(self._checkpoint)
         if fits and wanted in ("last", requeued):
             self._resumed = resume_point(checkpoint)
@@ -251,6 +256,8 @@ class LitzooCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Only now, with model and data made, is it clear that there will be a run.
         self._refuse_disagreement()
+        if self._described is not None and self._encoder is not None:
+            self._settings().model.init_args["encoder"] = self._encoder  # in the saved configuration, as it was named
         if self._weights is not None:
             self.model = self._load_weights(self._weights)
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
