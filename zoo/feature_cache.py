@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .clean_pass import clean_pass
+from .unaugmented_pass import unaugmented_pass
 
 # A callback with one of these hooks wants to see every batch, but for the observers. By name, as some are of floors above.
 _BATCH_HOOKS = (
@@ -172,7 +172,7 @@ def training_features(module: Any) -> tuple[Tensor, Tensor, Tensor]:
     """
     loader = module.trainer.datamodule.eval_train_dataloader()
     rank_zero_info(f"encoding the training data once, {len(loader)} batches")
-    with clean_pass(module, loader) as batches:
+    with unaugmented_pass(module, loader) as batches:
         parts = [(module.encode(batch.input), batch.label.long(), batch.index) for batch in batches]
     features, label, index = (torch.cat(column) for column in zip(*parts, strict=True))
     return features, label, index

@@ -12,7 +12,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from .batch import Batch
-from .clean_pass import clean_pass
 from .epoch_mean import log_epoch_mean
 from .functional.instance_discrimination import bank_similarities, instance_softmax_loss, log_partition_of, nce_loss, without_own
 from .functional.nearest_neighbours import Scores, knn_predict
@@ -21,6 +20,7 @@ from .image_input import ImageInput
 from .layers.memory_bank import MemoryBank
 from .layers.modes import evaluating
 from .optimization import WarmupCosineLR, configure_optimizer
+from .unaugmented_pass import unaugmented_pass
 
 # Numbers that keep the streams of one seed apart, from one another and from those of the data.
 _NOISE, _SHARED_NOISE = 11, 12
@@ -215,7 +215,7 @@ class InstanceDiscrimination(LightningModule):
     def _fill(self, data: Any) -> None:
         """Fill the bank with clean features, by one pass over the training images."""
         rank_zero_info(f"filling the memory bank with the features of {self.num_train} training images")
-        with clean_pass(self, data.eval_train_dataloader()) as batches:
+        with unaugmented_pass(self, data.eval_train_dataloader()) as batches:
             for batch in batches:
                 images, index, _ = _unpack(batch)
                 self.bank.write(index, self(images), momentum=0.0)

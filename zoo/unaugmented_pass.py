@@ -11,7 +11,7 @@ from .layers.modes import evaluating
 
 
 @contextmanager
-def clean_pass(module: Any, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
+def unaugmented_pass(module: Any, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
     """Batches on the module's device; inside, the module is in evaluation mode and its trainer's precision, and has no gradients.
 
     Args:
@@ -22,7 +22,7 @@ def clean_pass(module: Any, loader: Iterable[Any]) -> Iterator[Iterator[Any]]:
         The batches.
 
     Example:
-        >>> with clean_pass(module, data.eval_train_dataloader()) as batches:
+        >>> with unaugmented_pass(module, data.eval_train_dataloader()) as batches:
         ...     features = torch.cat([module.encode(batch.input) for batch in batches])
     """
     trainer = module.trainer
