@@ -3,7 +3,7 @@
 import re
 import textwrap
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,6 +155,24 @@ def one_line(error: BaseException, width: int) -> str:
         'a b'
     """
     return textwrap.shorten(str(error) or type(error).__name__, width, placeholder=" ...")
+
+
+def few_names(names: Iterable[str]) -> str:
+    """Names for a message: the first three, and how many more there are.
+
+    Args:
+        names: any number.
+
+    Returns:
+        One line; empty without names.
+
+    Example:
+        >>> few_names("abcde")
+        'a, b, c and 2 more'
+    """
+    first, *others = list(names) or [""]
+    shown = [first, *others[:2]]
+    return ", ".join(shown) + (f" and {len(others) - 2} more" if len(others) > 2 else "")
 
 
 def _refuse_packed(file: WeightsFile) -> None:

@@ -33,7 +33,8 @@ from litzoo.zoo import (
     load,
 )
 from litzoo.zoo.cli import main
-from litzoo.zoo.published import _resnet, read_published
+from litzoo.zoo.published import read_published
+from litzoo.zoo.published_layouts import resnet_hparams
 
 State = dict[str, Any]
 
@@ -376,7 +377,7 @@ def test_parts_of_the_classes() -> None:
 def test_depth_is_told_by_the_blocks(name: str) -> None:
     with torch.device("meta"):
         state = getattr(torchvision.models, name)().state_dict()
-    assert _resnet(state, "") == {"backbone": {"name": name, "stem": "original"}, "in_channels": 3, "image_size": None}
+    assert resnet_hparams(state, "") == {"backbone": {"name": name, "stem": "original"}, "in_channels": 3, "image_size": None}
 
 
 @torch.no_grad()
