@@ -143,7 +143,9 @@ def floor_of(name: str) -> int:
         return 4
     if name.startswith(("callbacks", "datamodules")):
         return 3
-    if name.startswith(("zoo.functional", "zoo.layers", "zoo.batch", "zoo.files", "zoo.optimization", "zoo.weights", "zoo.configs")):
+    if name.startswith(
+        ("zoo.functional", "zoo.layers", "zoo.batch", "zoo.files", "zoo.safe_reading", "zoo.optimization", "zoo.weights", "zoo.configs")
+    ):
         return 0
     if name.startswith(("zoo.pretrained", "zoo.backbones")):
         return 1
