@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from litzoo.zoo.plots.exchange import Scene, write_html, write_ply
+from litzoo.zoo.plots.exchange import PartScene, Scene, write_html, write_ply
 
 DRAW = np.random.RandomState(0)
 CLOUD = DRAW.randn(300, 3) * [1, 2, 0.5] + 7
@@ -173,6 +173,7 @@ const toggle = place => { const box = found.fieldset.children[place].children[0]
 const result = { buttons: found.nav.children.map(button => button.textContent), start: seen() };
 toggle(1); result.full = seen();
 toggle(0); result.nothing = seen();
+if (!found.fieldset.children[2]) { console.log(JSON.stringify(result)); process.exit(0); }
 toggle(2); result.upper = seen(); const before = picture;
 found.canvas.listeners.pointerdown({ pointerId: 1, clientX: 10, clientY: 10 });
 found.canvas.listeners.pointermove({ pointerId: 1, clientX: 60, clientY: 10 });
@@ -202,3 +203,21 @@ def test_the_script_of_the_page_draws(tmp_path: Path) -> None:
     assert result["turned"]
     assert result["small"]["any"] > 0
     assert result["second"]["blue"] > 20
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
+def test_parts_have_their_colours_on_the_page(tmp_path: Path) -> None:
+    """The first part of the palette is blue; another one is orange, which counts as red here; each is hidden by its own box."""
+    part = np.repeat([0, 1], 150)
+    write_html(tmp_path / "page.html", [PartScene("chair", "Chair", CLOUD, part, ["leg", "seat", "arm"])], "Parts")
+    (made,) = json.loads(Page((tmp_path / "page.html").read_text(encoding="utf-8")).texts["script application/json"])["objects"]
+    assert [(layer["name"], layer["count"]) for layer in made["layers"]] == [("leg", 150), ("seat", 150)]
+    assert [layer["color"] for layer in made["layers"]] == [[47, 111, 178], [224, 142, 43]]
+    (tmp_path / "browser.js").write_text(BROWSER, encoding="utf-8")
+    done = subprocess.run(["node", "browser.js", "page.html"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert min(result["start"]["red"], result["start"]["blue"]) > 20
+    assert result["full"]["red"] == 0
+    assert result["full"]["blue"] > 20
+    assert result["nothing"]["any"] == 0

@@ -18,8 +18,8 @@ from litzoo.zoo.plots.confusion_matrix import plot_confusion_matrix
 from litzoo.zoo.plots.critical_points import body_of, plot_critical_points
 from litzoo.zoo.plots.decision_boundary import plot_decision_boundary
 from litzoo.zoo.plots.figures import new_figure, save_figure
-from litzoo.zoo.plots.parts import plot_part_labels
-from litzoo.zoo.plots.point_clouds import part_palette, plot_point_clouds
+from litzoo.zoo.plots.parts import plot_part_labels, plot_parts
+from litzoo.zoo.plots.point_clouds import oklab, part_palette, plot_point_clouds
 
 
 def texts(figure: Figure) -> list[Text]:
@@ -202,6 +202,50 @@ def test_part_palette_is_distinct() -> None:
     apart = np.linalg.norm(palette[:, None] - palette[None], axis=2) + np.eye(50)
     assert apart.min() > 0.07
     assert min(apart[first, first + 1] for first in range(49)) > 0.2, "neighbours"
+
+
+def test_colour_blind_people_can_tell_parts_apart() -> None:
+    """By another model of colour blindness than the palette's: the projections of Vienot, Brettel and Mollon (1999)."""
+    light = part_palette(94) ** 2.2
+    for cones in (
+        [[0.11238, 0.88762, 0], [0.11238, 0.88762, 0], [0.00401, -0.00401, 1]],
+        [[0.29275, 0.70725, 0], [0.29275, 0.70725, 0], [-0.02234, 0.02234, 1]],
+    ):
+        seen = oklab(np.clip(light @ np.array(cones).T, 0, 1) ** (1 / 2.2))
+        for start in range(94 - 7):
+            apart = np.linalg.norm(seen[start : start + 8, None] - seen[None, start : start + 8], axis=2) + np.eye(8)
+            assert apart.min() > 0.07, (start, cones)  # about twice what side by side can just be told apart
+
+
+def test_parts() -> None:
+    draw = np.random.RandomState(0)
+    clouds = [draw.rand(100, 3), draw.rand(60, 3) * [1, 0.1, 1], *draw.rand(5, 1000, 3)]
+    parts = [np.repeat([3, 1], 50), np.full(60, 40), *np.tile(np.repeat([0, 2], [998, 2]), (5, 1))]
+    titles = ["chair", "lamp\nof two lines", *"abcde"]
+    figure = plot_parts(clouds, parts, titles, [f"part number {part}" for part in range(50)])
+    assert_nothing_is_cut_off(figure)
+    shown = [text.get_text() for text in texts(figure)]
+    assert set(titles) <= set(shown)
+    assert [text for text in shown if text.startswith("part number")] == [
+        *("part number 1  50%", "part number 3  50%", "part number 40  100%"),
+        *["part number 0  100%", "part number 2  <1%"] * 5,
+    ]
+    for axes, cloud, part in zip(figure.axes, clouds, parts, strict=True):
+        assert len(drawn_points(axes)) == len(cloud)
+        colors = {tuple(color) for color in np.asarray(axes.collections[0].get_facecolor())[:, :3]}
+        assert colors == {tuple(part_palette(50)[each]) for each in part}
+    boxes = [text.get_window_extent() for text in texts(figure) if text.get_text() != "●"]
+    assert not any(first.overlaps(second) for place, first in enumerate(boxes) for second in boxes[:place]), "texts overlap"
+
+
+def test_parts_mistakes() -> None:
+    cloud, part = np.zeros((5, 3)), np.zeros(5, dtype=int)
+    with pytest.raises(ValueError, match="1 clouds, parts of 1, and 0 titles"):
+        plot_parts([cloud], [part], [], ["leg"])
+    with pytest.raises(ValueError, match="5 points needs a part for each"):
+        plot_parts([cloud], [part[:4]], ["a"], ["leg"])
+    with pytest.raises(ValueError, match=r"parts must lie in \[0, 0\], got -1 to -1"):
+        plot_parts([cloud], [part - 1], ["a"], ["leg"])
 
 
 def test_part_labels() -> None:

@@ -12,7 +12,7 @@ COMMANDS = {
     "test": "score a checkpoint on the test split, once",
     "predict": "classify pictures, meshes or point clouds: litzoo predict chair.obj --model pointnet_furniture",
     "embed": "features of a data set in an HDF5 file: litzoo embed --model best.ckpt --config instdisc_digits --output features.h5",
-    "show": "pictures of data, augmented views, critical points and embeddings: litzoo show data --config pointnet_furniture",
+    "show": "pictures of data, augmented views, critical points, parts and embeddings: litzoo show data --config pointnet_furniture",
     "clean": "find wrong labels: litzoo clean --config classifier_digits --output cleaning",
     "select": "which samples to label next: litzoo select photos --production now.safetensors --models a.ckpt b.ckpt --output next",
     "report": "one page about a run: litzoo report runs/classifier_digits",
@@ -28,9 +28,10 @@ class CommandError(Exception):
 
 
 def did_you_mean(word: str, words: list[str]) -> str:
-    """The end of an error sentence: the closest of `words`, else all of them."""
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"there are: {', '.join(words)}"
+    """The end of an error sentence: the closest of `words`, compared without case, else all of them."""
+    known = {each.casefold(): each for each in words}
+    close = difflib.get_close_matches(word.casefold(), list(known), n=1, cutoff=0.5)
+    return f"did you mean {known[close[0]]}?" if close else f"there are: {', '.join(words)}"
 
 
 def recipe_names() -> list[str]:

@@ -1,4 +1,4 @@
-"""`litzoo show`: pictures of data, of their augmented views, of a model's features, and of the points that decide its prediction."""
+"""`litzoo show`: pictures of data, of their augmented views, of a model's features, of parts, and of the points that decide."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +17,14 @@ _SUBJECTS = {
     "data": "class frequencies, and a sheet of samples",
     "views": "training samples beside their augmented views",
     "critical": "the points of clouds that decide a PointNet's prediction",
+    "parts": "the parts that a segmenter finds in clouds",
     "embedding": "maps of the features that a model gives to samples",
 }
 _USAGE = {
     "data": "--config RECIPE",
     "views": "--config RECIPE",
     "critical": "FILE... --model NAME",
+    "parts": "FILE... --model NAME",
     "embedding": "FILE_OR_MODEL...",
 }
 
@@ -182,7 +184,7 @@ def _show_views(arguments: list[str]) -> int:
 
 
 def show(arguments: list[str]) -> int:
-    """Draw what the first argument names: `data`, `views`, `critical` or `embedding`.
+    """Draw what the first argument names: `data`, `views`, `critical`, `parts` or `embedding`.
 
     Args:
         arguments: the subject and its options.
@@ -209,6 +211,10 @@ def show(arguments: list[str]) -> int:
         from .show_critical import show_critical
 
         return show_critical(Parser(prog="litzoo show critical", description=_sentence("critical")), arguments[1:])
+    if arguments[0] == "parts":
+        from .show_parts import show_parts
+
+        return show_parts(Parser(prog="litzoo show parts", description=_sentence("parts")), arguments[1:])
     if arguments[0] == "embedding":
         from .show_embedding import show_embedding
 

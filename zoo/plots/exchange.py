@@ -10,11 +10,11 @@ import numpy as np
 from ..files import write_file
 from .critical_points import body_of, shape_of
 from .pages import write_page
-from .point_clouds import cloud_of
+from .point_clouds import cloud_of, part_palette
 
 
 class Scene(NamedTuple):
-    """One object of an interactive page.
+    """One object of an interactive page, with its critical set.
 
     Args:
         name: of the object.
@@ -29,6 +29,24 @@ class Scene(NamedTuple):
     points: np.ndarray
     critical: np.ndarray
     upper: np.ndarray | None
+
+
+class PartScene(NamedTuple):
+    """One object of an interactive page, its points coloured by part as `plot_parts` does.
+
+    Args:
+        name: of the object.
+        note: beside the name, such as its class.
+        points: `(N, 3)`.
+        part: `(N,)` the part of each point.
+        part_names: name of each part.
+    """
+
+    name: str
+    note: str
+    points: np.ndarray
+    part: np.ndarray
+    part_names: Sequence[str]
 
 
 def write_ply(path: str | os.PathLike[str], points: np.ndarray, colors: np.ndarray | None = None) -> None:
@@ -63,8 +81,8 @@ def write_ply(path: str | os.PathLike[str], points: np.ndarray, colors: np.ndarr
     write_file(path, "\n".join(header).encode() + b"\n" + vertices.tobytes())
 
 
-def write_html(path: str | os.PathLike[str], scenes: Sequence[Scene], title: str = "Critical points") -> None:
-    """Write one page that shows clouds, critical sets and upper-bound shapes, to turn and zoom by mouse, finger and keyboard.
+def write_html(path: str | os.PathLike[str], scenes: Sequence[Scene | PartScene], title: str = "Critical points") -> None:
+    """Write one page that shows clouds with critical sets and upper-bound shapes, or with parts, to turn and zoom by mouse, finger and keyboard.
 
     The page holds everything that it needs, loads nothing, and works from a disk without a network. Coordinates are stored in 16
     bits, about 1/30,000 of the size of an object.
@@ -86,21 +104,36 @@ def write_html(path: str | os.PathLike[str], scenes: Sequence[Scene], title: str
     write_page(path, "viewer.html", {"objects": [_object(scene) for scene in scenes]}, title=title)
 
 
-def _object(scene: Scene) -> dict[str, Any]:
+def _object(scene: Scene | PartScene) -> dict[str, Any]:
     cloud = cloud_of(scene.points)
-    upper = None if scene.upper is None else shape_of(scene.upper)
+    upper = None if isinstance(scene, PartScene) or scene.upper is None else shape_of(scene.upper)
     whole = cloud if upper is None else np.concatenate([cloud, upper])
     low, high = whole.min(axis=0), whole.max(axis=0)
     middle = (low + high) / 2
     # The farthest point lies on the unit sphere, so that nothing leaves the picture while it turns.
     reach = max(float(np.linalg.norm(whole - middle, axis=1).max()), 1e-12)
 
-    def layer(kind: str, name: str, points: np.ndarray, radius: float) -> dict[str, Any]:
+    def layer(kind: str, name: str, points: np.ndarray, radius: float, **more: Any) -> dict[str, Any]:
         bits = np.rint((points - middle) / reach * 32767).astype("<i2").tobytes()
-        return {"kind": kind, "name": name, "count": len(points), "radius": round(radius, 5), "points": base64.b64encode(bits).decode()}
+        return {
+            "kind": kind,
+            "name": name,
+            "count": len(points),
+            "radius": round(radius, 5),
+            "points": base64.b64encode(bits).decode(),
+            **more,
+        }
 
     dot = 0.011 * min(1.5, (2048 / len(cloud)) ** 0.5)
-    layers = [layer("full", "all points", cloud, dot), layer("critical", "critical set", cloud[np.asarray(scene.critical)], dot)]
-    if upper is not None and len(upper):
-        layers.append(layer("upper", "upper bound", upper, 0.75 * body_of(upper)[1] / reach))
+    if isinstance(scene, PartScene):
+        palette = np.rint(255 * part_palette(len(scene.part_names))).astype(int).tolist()
+        part = np.asarray(scene.part)
+        layers = [
+            layer(f"part {each}", str(scene.part_names[each]), cloud[part == each], 1.4 * dot, color=palette[each])
+            for each in np.unique(part).tolist()
+        ]
+    else:
+        layers = [layer("full", "all points", cloud, dot), layer("critical", "critical set", cloud[np.asarray(scene.critical)], dot)]
+        if upper is not None and len(upper):
+            layers.append(layer("upper", "upper bound", upper, 0.75 * body_of(upper)[1] / reach))
     return {"name": scene.name, "note": scene.note, "middle": middle.tolist(), "reach": reach, "layers": layers}

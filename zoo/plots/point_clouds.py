@@ -23,6 +23,14 @@ VIEW = np.array(
 )
 # From far to near.
 DEPTH = LinearSegmentedColormap.from_list("depth", ["#c3dcf0", "#5b9bcb", "#2a6099", "#132f52"])
+# What people without the cones for long, middle and short waves see of linear RGB (Machado, Oliveira, Fernandes 2009, severity 1).
+_BLIND = (
+    np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]]),
+    np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]),
+    np.array([[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]]),
+)
+# Colours of parts that everybody can tell apart.
+_IN_A_ROW = 8
 _CELLS = 26
 _SIDE = 1.7  # inches of a picture on the sheet
 _FONT = 9
@@ -195,6 +203,54 @@ def cloud_table(
     return figure, table
 
 
+def cloud_sheet(titles: Sequence[str], frames: Sequence[Frame], below: float, side: float) -> tuple[Figure, list[Axes]]:
+    """Empty pictures side by side, for `draw_cloud`, with a title above each and room below it; those of a row stand on one line.
+
+    Args:
+        titles: one a picture; may have several lines.
+        frames: what each picture shows.
+        below: inches to keep free under a picture.
+        side: width of a picture, in inches.
+
+    Returns:
+        The figure, and the axes.
+
+    Example:
+        >>> cloud = np.random.rand(512, 3)
+        >>> figure, (axes,) = cloud_sheet(["chair"], [frame_of(cloud)], 0.5, 2.0)
+    """
+    margin, gap, line = 0.12, 0.1, 0.17
+    columns = _columns(len(frames))
+    names = [[shorten(part) for part in title.splitlines()] for title in titles]
+    above = 0.08 + line * max(map(len, names))
+    heights = [side * max(frame.height, 0.3) for frame in frames]
+    rows = [range(start, min(start + columns, len(frames))) for start in range(0, len(frames), columns)]
+    width = 2 * margin + columns * (side + gap) - gap
+    height = 2 * margin + sum(max(heights[place] for place in row) + above + below for row in rows) + gap * (len(rows) - 1)
+    figure = new_figure(width, height, layout=None)
+    sheet: list[Axes] = []
+    bottom = height - margin
+    for row in rows:
+        highest = max(heights[place] for place in row)
+        bottom -= above + highest
+        for column, place in enumerate(row):
+            left = margin + column * (side + gap)
+            axes = figure.add_axes((left / width, bottom / height, side / width, heights[place] / height))
+            _open_frame(axes, heights[place] / side)
+            middle = (left + side / 2) / width
+            figure.text(
+                middle, (bottom + highest + 0.08) / height, "\n".join(names[place]), ha="center", va="bottom", fontsize=_FONT, color=INK
+            )
+            sheet.append(axes)
+        bottom -= below + gap
+    return figure, sheet
+
+
+def _columns(number: int) -> int:
+    """Pictures in a row, so that the sheet is about 3:2."""
+    return number if number <= 5 else round((1.7 * number) ** 0.5)
+
+
 def caption(axes: Axes, text: str) -> None:
     """Write a line under a picture of `cloud_table`.
 
@@ -212,7 +268,10 @@ def caption(axes: Axes, text: str) -> None:
 
 @cache
 def part_palette(number: int) -> np.ndarray:
-    """Colours of parts: those of `SERIES`, then each time the one that differs most from all before, above all from the last eight.
+    """Colours of parts that colour-blind people can tell apart too: any eight in a row look different to everybody.
+
+    The first two are those of `SERIES`. Each further one has the largest distance, in OKLab, from all before it, above all from the
+    last seven, and from those as people see them who lack one kind of cones.
 
     Args:
         number: of colours.
@@ -224,20 +283,40 @@ def part_palette(number: int) -> np.ndarray:
         >>> part_palette(50).shape
         (50, 3)
     """
-    chosen = [np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)]) for code in SERIES[:number]]
-    levels = np.linspace(0.08, 0.92, 15)
+    chosen = [np.array([int(code[at : at + 2], 16) / 255 for at in (1, 3, 5)]) for code in SERIES[: min(number, 2)]]
+    levels = np.linspace(0.04, 0.96, 17)
     candidates = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 3)
     places = oklab(candidates)
     chroma = np.hypot(places[:, 1], places[:, 2])
     # Neither pale on white, nor like the ink, nor grey, which stands for what has no part, nor glaring.
-    usable = (places[:, 0] > 0.38) & (places[:, 0] < 0.84) & (chroma > 0.07) & (chroma < 0.18)
+    usable = (places[:, 0] > 0.33) & (places[:, 0] < 0.86) & (chroma > 0.07) & (chroma < 0.18)
     candidates, places = candidates[usable], places[usable]
+    seen = [oklab(_seen_without(candidates, cones)) for cones in _BLIND]
     while len(chosen) < number:
-        apart = np.linalg.norm(places[:, None] - oklab(np.array(chosen))[None], axis=2)
+        before = np.array(chosen)
         # Parts of one object mostly have numbers that lie side by side.
-        apart[:, -8:] *= 0.6
-        chosen.append(candidates[apart.min(axis=1).argmax()])
+        last = before[-_IN_A_ROW + 1 :]
+        apart = _apart(places, oklab(before)) / 0.6
+        for each, others in ((places, last), *((each, _seen_without(last, cones)) for each, cones in zip(seen, _BLIND, strict=True))):
+            apart = np.minimum(apart, _apart(each, oklab(others)))
+        chosen.append(candidates[apart.argmax()])
     return np.array(chosen)
+
+
+def _apart(places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Distance of each place `(M, 3)` from the nearest of `others` `(N, 3)`."""
+    return np.linalg.norm(places[:, None] - others[None], axis=2).min(axis=1)
+
+
+def _linear(rgb: np.ndarray) -> np.ndarray:
+    """Light of sRGB values."""
+    return np.where(rgb <= 0.04045, rgb / 12.92, ((np.maximum(rgb, 0.04045) + 0.055) / 1.055) ** 2.4)
+
+
+def _seen_without(rgb: np.ndarray, cones: np.ndarray) -> np.ndarray:
+    """sRGB values as they look to somebody, by one of the matrices of `_BLIND`."""
+    light = np.clip(_linear(rgb) @ cones.T, 0, 1)
+    return np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
 
 
 def oklab(rgb: np.ndarray) -> np.ndarray:
@@ -253,8 +332,7 @@ def oklab(rgb: np.ndarray) -> np.ndarray:
         >>> oklab(np.ones(3)).round(2)
         array([ 1., -0., -0.])
     """
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    cones = linear @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
+    cones = _linear(rgb) @ np.array([[0.4122, 0.2119, 0.0883], [0.5363, 0.6807, 0.2817], [0.0514, 0.1074, 0.6300]])
     return np.cbrt(cones) @ np.array([[0.2105, 1.9780, 0.0259], [0.7936, -2.4286, 0.7828], [-0.0041, 0.4506, -0.8087]])
 
 
@@ -282,7 +360,7 @@ def plot_point_clouds(
     number = len(clouds)
     if number == 0 or len(titles) != number or (colors is not None and len(colors) != number):
         raise ValueError(f"every cloud needs a title and, if any, its colors: there are {number} clouds and {len(titles)} titles")
-    columns = columns or (number if number <= 5 else round((1.7 * number) ** 0.5))
+    columns = columns or _columns(number)
     rows = -(-number // columns)
     values = None if colors is None else [np.asarray(color) for color in colors]
     low, high = (0.0, 1.0) if values is None else (min(float(v.min()) for v in values), max(float(v.max()) for v in values))
