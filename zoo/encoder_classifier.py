@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from .batch import count_unlabelled, input_and_label
 from .epoch_mean import log_epoch_mean
 from .feature_cache import FeatureCache, ShortEpochs, obstacle_to_cache, step_on, training_features
+from .image_encoder import ImageEncoder
 from .layers.classification_metrics import classification_metrics
 from .layers.feature_heads import ClassMeansHead, LinearHead, NeighboursHead, RescaledHead
 from .layers.modes import evaluating
@@ -54,8 +55,8 @@ class EncoderClassifier(LightningModule):
     loss and accuracy of training, and of validation and test also mean class accuracy, MCC and calibration error, over the epoch.
 
     Args:
-        encoder: a name of `list_models()`, a `.safetensors` or `.ckpt` file, `hf-hub:owner/repo`; or its description, `{"model":
-            name, "hparams": {...}}`, for random weights. The description is what is kept, so that a checkpoint loads anywhere, offline.
+        encoder: a name of `list_models()`, a `.safetensors` or `.ckpt` file, `hf-hub:owner/repo`, or `timm:NAME[@SIZE]` for pretrained weights of
+            timm, see `load`; or its description, `{"model": name, "hparams": {...}}`, for random weights. The description is what is kept, so that a checkpoint loads anywhere, offline.
         num_classes: C.
         class_names: name of each class; kept with the weights.
         head: "linear", "knn", "class_means", "tau_normalized" or "weight_scaling"; the last two want an encoder that has a linear
@@ -286,7 +287,14 @@ class EncoderClassifier(LightningModule):
             given = getattr(data, name, None)
             if value is not None and given is not None and not _is_near(given, value):
                 setting = name.removeprefix("image_") if name in ("image_mean", "image_std") else name
-                raise ValueError(f"the encoder was trained with {name} {value}, but that of the data is {given}: set data.{setting} to it")
+                other = (
+                    f", or take it at that size, timm:NAME@{given}"
+                    if name == "image_size" and isinstance(self.encoder, ImageEncoder)
+                    else ""
+                )
+                raise ValueError(
+                    f"the encoder was trained with {name} {value}, but that of the data is {given}: set data.{setting} to it{other}"
+                )
 
     def _obstacle(self) -> str | None:
         """Why the head cannot be trained on cached features, or None if it can."""

@@ -13,7 +13,7 @@ from .layers.modes import evaluating
 
 
 class ImageEncoder(LightningModule):
-    """Encoder of images f(x) without a head, together with the images that it was made for; `litzoo.load("timm:NAME")` gives one.
+    """Encoder of images f(x) without a head, and the images that it was made for, such as a network of timm with its weights, `timm:NAME`.
 
     It has no training of its own: `EncoderClassifier` trains a classifier on its features, or all of it.
 

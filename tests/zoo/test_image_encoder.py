@@ -203,11 +203,11 @@ def state_of(path: Path | str) -> dict[str, Tensor]:
 
 
 def test_fine_tuning_and_what_follows_it_without_a_network(photos: Path, downloads: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false", "--trainer.callbacks", "null"]
     data = ["--data", "ImageFolderDataModule", "--data.path", "photos"]
     command = ["--config", "finetune", "--model.encoder", "timm:test_resnet@72", "--model.lr_scheduler", "null", *data, *quiet]
-    assert main(["fit", *command, "--trainer.max_epochs", "3", "--name", "whole"]) == 0
-    assert main(["fit", *command, "--trainer.max_epochs", "2"]) == 0
+    assert main(["fit", *command, "--trainer.max_epochs", "2", "--name", "whole"]) == 0
+    assert main(["fit", *command, "--trainer.max_epochs", "1"]) == 0
     run = Path("runs/finetune/version_0")
     settings = yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]
     known = encoder_hparams("timm:test_resnet@72")
@@ -216,7 +216,7 @@ def test_fine_tuning_and_what_follows_it_without_a_network(photos: Path, downloa
 
     cut_network(monkeypatch, LocalEntryNotFoundError("no network"))
     last = run / "checkpoints" / "last.ckpt"
-    assert main(["fit", *command, "--trainer.max_epochs", "3", "--ckpt_path", "last"]) == 0
+    assert main(["fit", *command, "--trainer.max_epochs", "2", "--ckpt_path", "last"]) == 0
     whole, resumed = (state_of(f"runs/{name}/version_0/checkpoints/last.ckpt") for name in ("whole", "finetune"))
     assert all(torch.equal(whole[name], value) for name, value in resumed.items())
     named = [yaml.safe_load(path.read_text())["model"]["init_args"]["encoder"] for path in sorted(run.glob("config*.yaml"))]
@@ -233,6 +233,15 @@ def test_fine_tuning_and_what_follows_it_without_a_network(photos: Path, downloa
         expected = tuned.encode(tuned.image_input.prepare(torch.as_tensor(stored[int(index.min())]))[0])
         torch.testing.assert_close(torch.from_numpy(file["train/features"][position]), expected[0].detach(), rtol=1e-4, atol=1e-4)
     assert main(["fit", *command]) == 2, "but a new training wants timm's weights"
+
+
+def test_data_of_another_size(photos: Path, downloads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["fit", "--config", "linear_eval", "--data", "ImageFolderDataModule", "--data.path", "photos", "--data.image_size", "48"]
+    assert main([*command, "--model.encoder", "timm:test_resnet"]) == 2
+    assert (
+        "image_size 160, but that of the data is 48: set data.image_size to it, or take it at that size, timm:NAME@48"
+        in capsys.readouterr().err
+    )
 
 
 def test_embed_takes_one_command(photos: Path, downloads: list[str]) -> None:

@@ -75,7 +75,9 @@ def embed(arguments: list[str]) -> int:
     parser = Parser(
         prog="litzoo embed", description="Write the features that a model gives to the samples of a data set into an HDF5 file."
     )
-    parser.add_argument("--model", type=str, required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt, hf-hub:owner/repo or timm:NAME")
+    parser.add_argument(
+        "--model", type=str, required=True, help="a name of `litzoo list`, a .safetensors, a .ckpt, hf-hub:owner/repo or timm:NAME"
+    )
     add_data_options(parser)
     parser.add_argument("--split", nargs="+", choices=SPLITS, help="which splits; by default all that have samples")
     parser.add_argument("--output", type=Path, required=True, help="the .h5 file to write; one that exists is not overwritten")

@@ -139,9 +139,7 @@ def _read(source: str, name: str, options: Any, data: "ArrayDataModule | None") 
                 raise CommandError(f"{source} has no {options.split} samples; choose --split {' or '.join(held)}")
             group = file[options.split]
             if column not in group:
-                raise CommandError(
-                    f"{source} has no embedding beside its features: leave out --features forward"
-                )
+                raise CommandError(f"{source} has no embedding beside its features: leave out --features forward")
             if data is not None and file.attrs.get("fingerprint") != data.fingerprint:
                 raise CommandError(f"{source} was made of other data than this {type(data).__name__}: give those with --data or --config")
             class_names = [str(each) for each in np.atleast_1d(file.attrs["class_names"])]
