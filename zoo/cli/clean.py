@@ -197,8 +197,7 @@ def _parse(arguments: list[str]) -> Any:
         parser.link_arguments(f"data.{name}", f"model.init_args.{name}", apply_on="instantiate")
     for name in _IGNORED:
         parser.add_argument(f"--{name}", type=Any, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    return options
+    return parser.parse_args(arguments)
 
 
 def _check(options: Any, data: Any) -> None:
