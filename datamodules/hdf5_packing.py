@@ -48,7 +48,7 @@ def pack_large(
     if reader.size(*names) <= _IN_MEMORY:
         return None
     path = Path(os.path.abspath(reader.path))
-    source = f"{_SOURCE}: {' '.join(names)} {reader.stamp}"
+    source = f"{_SOURCE}: {' '.join(names)} {reader.stamp(*names)}"
     packed = packed_place(path, f"{path.name}.{names[0]}.h5", source, pack, _FAMILY, "an HDF5 file")
 
     def write(file: Any) -> None:

@@ -25,13 +25,13 @@ class HDF5Reader:
     Args:
         path: for the messages.
         file: the open `h5py.File`.
-        stamp: size and time of modification of the file.
+        status: of the file, before it was opened.
     """
 
-    def __init__(self, path: Path, file: Any, stamp: str) -> None:
+    def __init__(self, path: Path, file: Any, status: os.stat_result) -> None:
         self.path = path
         self.file = file
-        self.stamp = stamp
+        self._status = status
 
     def __contains__(self, name: str) -> bool:
         return name in self.file
@@ -62,6 +62,17 @@ class HDF5Reader:
     def size(self, *names: str) -> int:
         """Bytes that some arrays take in memory."""
         return sum(math.prod(self.file[name].shape) * self.kind(name).itemsize for name in names)
+
+    def stamp(self, *names: str) -> str:
+        """Size and time of modification of the file when it was opened, and of the others to which some of its arrays refer."""
+        others: set[Path] = set()
+        for array in (self.file[name] for name in names):
+            home = Path(array.file.filename)  # another file, if the name is a link to it
+            named = [name for name, *_ in array.external or ()]
+            named += [source.file_name for source in array.virtual_sources()] if array.is_virtual else []
+            others |= {home, *(home.parent / name for name in named)}
+        statuses = [self._status, *(file.stat() for file in sorted(others - {self.path}) if file.is_file())]
+        return " ".join(f"{status.st_size} {status.st_mtime_ns}" for status in statuses)
 
     def can_map(self, *names: str) -> bool:
         """Whether all of some arrays of numbers can be memory-mapped, and then indexed by torch."""
@@ -136,11 +147,11 @@ def open_hdf5(path: Path, content: str, *needed: str) -> Iterator[HDF5Reader]:
     if not path.is_file():
         raise DataError(f"there is no file {path}: give the HDF5 file of the {content} with --data.path")
     try:
-        status = path.stat()  # before it is opened: of what is written to it meanwhile, the stamp must be another one
+        status = path.stat()  # before it is opened: of what is written to it meanwhile, the stamp will be another one
         with h5py.File(path, "r") as file:
             missing = [name for name in needed if name not in file]
             if missing:
                 raise DataError(f"{path} has no data set {' and '.join(missing)}; it holds: {', '.join(file) or 'nothing'}")
-            yield HDF5Reader(path, file, f"{status.st_size} {status.st_mtime_ns}")
+            yield HDF5Reader(path, file, status)
     except OSError as error:
         raise DataError(f"{path} cannot be read as HDF5, it may be truncated or of another format ({error}): fetch it anew") from error

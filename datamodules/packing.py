@@ -271,6 +271,7 @@ def map_array(path: Path, name: str) -> Tensor:
         if not can_map(array):
             raise DataError(f"{path}: {name} is chunked, compressed or of foreign byte order, and cannot be memory-mapped")
         offset, shape, dtype = array.id.get_offset(), array.shape, array.dtype
+        path = Path(array.file.filename)  # another one, if the name is a link to it
     try:
         return torch.from_numpy(_map(path, offset, shape, dtype))
     except ValueError as error:

@@ -144,6 +144,35 @@ def test_packed_once_and_anew_if_the_file_changes_or_the_pack_is_broken(kind: st
     assert made() != third
 
 
+def test_shards_that_another_file_joins(tmp_path: Path) -> None:
+    """A virtual array over several files is packed, and anew if one of them changes; a link to another file's array is followed."""
+    plain = write_images(tmp_path / "plain.h5")
+    with h5py.File(plain) as file:
+        image, label, split = (file[name][:] for name in ("image", "label", "split"))
+    layout = h5py.VirtualLayout(image.shape, image.dtype)
+    for number in range(3):
+        part = slice(20 * number, 20 * number + 20)
+        with h5py.File(tmp_path / f"shard{number}.h5", "w") as file:
+            file["image"] = image[part]
+        layout[part] = h5py.VirtualSource(f"shard{number}.h5", "image", (20, *image.shape[1:]))
+    for name in ("virtual", "linked"):
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["label"], file["split"] = label, split
+            if name == "virtual":
+                file.create_virtual_dataset("image", layout)
+            else:
+                file["image"] = h5py.ExternalLink("plain.h5", "/image")
+    packed, linked = images(tmp_path / "virtual.h5"), images(tmp_path / "linked.h5")
+    assert (packed.arrays.mapped, linked.arrays.mapped) == (tmp_path / "virtual.h5.image.h5", tmp_path / "linked.h5")
+    for data in (packed, linked, pickle.loads(pickle.dumps(linked))):
+        assert same_batches(data, images(plain))
+    with h5py.File(tmp_path / "shard1.h5", "a") as file:
+        file["image"][...] = 7
+    changed = images(tmp_path / "virtual.h5").arrays.input
+    assert (changed[20:40] == 7).all()
+    assert torch.equal(changed[40:], packed.arrays.input[40:])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("error", "told"), [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(28, os.strerror(28)), DataError)])
 def test_half_a_pack_is_none(
