@@ -649,6 +649,12 @@ def test_broken_checkpoints(tmp_path: Path) -> None:
     write_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-100])
     checkpoint_message(path, "not a whole checkpoint")
+    with zipfile.ZipFile(path, "w") as archive:  # whole, but for what it holds
+        for name, content in (("data.pkl", b"\x80\x02\xff."), ("version", b"3\n"), ("byteorder", b"little")):
+            archive.writestr(f"last/{name}", content)
+    with pytest.raises(WeightsError, match="not a whole checkpoint") as raised:
+        load_checkpoint(path)
+    assert "weights_only" not in str(raised.value), "torch's advice is to run the code of the file"
     path.write_bytes(b"")
     checkpoint_message(path, "is empty")
     path.write_text("hello")
