@@ -10,7 +10,7 @@ COMMANDS = {
     "fit": "train a model: litzoo fit --config pointnet_furniture",
     "validate": "score a checkpoint on the validation split",
     "test": "score a checkpoint on the test split, once",
-    "predict": "classify pictures, meshes or point clouds: litzoo predict chair.obj --model pointnet_furniture",
+    "predict": "classify pictures, meshes or point clouds, or find parts: litzoo predict chair.obj --model pointnet_furniture",
     "embed": "features of a data set in an HDF5 file: litzoo embed --model best.ckpt --config instdisc_digits --output features.h5",
     "show": "pictures of data, augmented views, critical points, parts and embeddings: litzoo show data --config pointnet_furniture",
     "clean": "find wrong labels: litzoo clean --config classifier_digits --output cleaning",

@@ -11,7 +11,7 @@ from jsonargparse import ArgumentParser
 from ...datamodules.meshes import SHAPE_SUFFIXES, turn_up, why_unreadable
 from . import CommandError
 
-_HDF5 = (".h5", ".hdf5")
+HDF5 = (".h5", ".hdf5")
 _FILES = f"{', '.join(SHAPE_SUFFIXES)} or HDF5 files with `points`"
 # Clouds of a file that holds many, where --index does not choose.
 _CLOUDS = 5
@@ -62,7 +62,7 @@ def check_cloud_options(options: Any) -> None:
     for path in options.files:
         if not path.is_file():
             raise CommandError(f"there is no file {path}")
-        if path.suffix.lower() not in (*SHAPE_SUFFIXES, *_HDF5):
+        if path.suffix.lower() not in (*SHAPE_SUFFIXES, *HDF5):
             raise CommandError(f"{path}: clouds are read from {_FILES}")
 
 
@@ -96,7 +96,7 @@ def stored_classes(path: Path) -> list[str | None]:
     Raises:
         DataError: if it cannot be read, or its `label` or `class_names` are of another form.
     """
-    if path.suffix.lower() not in _HDF5:
+    if path.suffix.lower() not in HDF5:
         return []
     from ...datamodules.hdf5_reading import open_hdf5
 
@@ -113,7 +113,7 @@ def _read(path: Path, options: Any, wanted: set[str]) -> list[StoredCloud]:
     from ...datamodules.meshes import read_cloud
 
     try:
-        if path.suffix.lower() in _HDF5:
+        if path.suffix.lower() in HDF5:
             clouds = _from_hdf5(path, options.index, wanted)
         elif path.suffix.lower() == ".npy" and np.load(path, mmap_mode="r", allow_pickle=False).ndim == 3:
             array = np.load(path, allow_pickle=False)

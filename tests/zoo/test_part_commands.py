@@ -1,5 +1,6 @@
-"""`litzoo show parts`: the parts are those that the model predicts, drawn in their colours with their names, and what it says to mistakes."""
+"""`litzoo show parts`, and `litzoo predict` of a segmenter: the parts are those that the model predicts, drawn in their colours with their names, and what it says to mistakes."""
 
+import csv
 import json
 import re
 from collections.abc import Callable
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import litzoo
+from litzoo.datamodules import HDF5PointsDataModule
+from litzoo.datamodules.meshes import read_cloud
 from litzoo.zoo import LogisticRegression, PointNetSegmenter
 from litzoo.zoo.cli import main
 from litzoo.zoo.cli.segmenters import short_names
@@ -67,9 +70,9 @@ def run(
     """Runs the command in an empty folder, `@` standing for that of the files; returns status, output and errors."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*arguments: str) -> tuple[int, str, str]:
+    def command(*arguments: str, subject: tuple[str, ...] = ("show", "parts")) -> tuple[int, str, str]:
         given = [str(files / "model.safetensors") if argument == "MODEL" else argument.replace("@", f"{files}/") for argument in arguments]
-        status = main(["show", "parts", *given])
+        status = main([*subject, *given])
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -172,5 +175,87 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: list[str], words: st
     assert status == 2
     assert len(err.splitlines()) == 1
     assert err.startswith("litzoo: ")
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+# litzoo predict
+
+
+@pytest.fixture
+def predict(run: Any) -> Callable[..., tuple[int, str, str]]:
+    """As `run`, of the other command."""
+    return lambda *arguments: run(*arguments, subject=("predict",))
+
+
+def shares(files: Path, cloud: np.ndarray, cls: int) -> dict[str, Any]:
+    part = predicted(files, cloud, cls)
+    return {PARTS[each]: pytest.approx((part == each).mean(), abs=1e-6) for each in ([0, 1, 2], [3, 4])[cls]}
+
+
+def test_shares_of_parts(files: Path, predict: Any) -> None:
+    status, out, err = predict("@one.npy", "@mesh.obj", *MODEL, "--class", "chair", "--output", "parts.json")
+    assert (status, out, err) == (0, "2 clouds: parts.json\n", "")
+    rows = json.loads(Path("parts.json").read_text())
+    assert [row["parts"] for row in rows] == [shares(files, cloud, 0) for cloud in (CLOUDS[0], read_cloud(files / "mesh.obj"))]
+    assert [(Path(row["file"]).name, row["index"], row["class"]) for row in rows] == [("one.npy", 0, "Chair"), ("mesh.obj", 0, "Chair")]
+
+
+def test_a_table_has_a_column_for_each_part(files: Path, predict: Any) -> None:
+    with h5py.File("known.h5", "w") as file:
+        file["points"], file["label"], file["class_names"] = CLOUDS[:2], [1, 0], ["table", "chair"]
+    status, out, _ = predict("known.h5", *MODEL)
+    assert status == 0
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [(row["file"], row["index"], row["class"]) for row in rows] == [("known.h5", "0", "Chair"), ("known.h5", "1", "Table")]
+    assert list(rows[0])[3:] == PARTS
+    for row, cloud, cls in zip(rows, CLOUDS, (0, 1), strict=False):
+        assert {name: float(row[name]) for name in PARTS if row[name]} == shares(files, cloud, cls)
+
+
+def test_points_with_their_parts_are_data_to_train_with(files: Path, predict: Any) -> None:
+    np.save("few.npy", CLOUDS[1, :150])
+    status, out, err = predict("@one.npy", "few.npy", "@mesh.obj", *MODEL, "--class", "Table", "--output", "parts.h5", "--points", "300")
+    assert (status, out, err) == (0, "3 clouds: parts.h5\n", "")
+    arrays = HDF5PointsDataModule("parts.h5").arrays
+    assert (arrays.class_names, arrays.part_names, arrays.label.tolist()) == (("Chair", "Table"), tuple(PARTS), [1, 1, 1])
+    assert arrays.count is not None
+    assert arrays.part is not None
+    assert arrays.count.tolist() == [400, 150, 300]
+    clouds = [CLOUDS[0], CLOUDS[1, :150], read_cloud(files / "mesh.obj", 300)]
+    for cloud, points, part in zip(clouds, arrays.input, arrays.part, strict=True):
+        np.testing.assert_array_equal(points[: len(cloud)], cloud)
+        np.testing.assert_array_equal(part[: len(cloud)], predicted(files, cloud, 1))
+    before = Path("parts.h5").read_bytes()
+    assert "parts.h5 exists already and is not overwritten" in predict("@one.npy", *MODEL, "--class", "Table", "--output", "parts.h5")[2]
+    assert Path("parts.h5").read_bytes() == before
+
+
+def test_broken_files_are_named_after_the_others_are_done(files: Path, predict: Any) -> None:
+    status, out, err = predict("@empty.obj", "@mesh.obj", *MODEL, "--class", "Chair")
+    assert status == 2
+    assert len(out.splitlines()) == 2
+    assert "1 of 2 files cannot be read" in err
+    assert err.endswith("empty.obj (it is empty); the others are done\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["@one.npy", *MODEL], "say with --class what "),
+        (["@shapes.h5", *MODEL], "cloud 3 of "),
+        (["@one.npy", *MODEL, "--class", "chiar"], "did you mean Chair?"),
+        (["@one.npy", *MODEL, "--class", "Chair", "--top", "2"], "--top: "),
+        (["@one.npy", *MODEL, "--class", "Chair", "--votes", "2"], "is a PointNetSegmenter, which takes no votes: leave it out"),
+        (["@one.npy", *MODEL, "--class", "Chair", "--ood-score"], "is a PointNetSegmenter, which gives no such score: leave it out"),
+        (["@one.npy", "--model", "pointnet_furniture", "--class", "chair"], "--class: pointnet_furniture is a PointNetClassifier"),
+        (["@one.npy", "--model", "pointnet_furniture", "--output", "x.h5"], "--output x.h5: pointnet_furniture finds classes"),
+        (["@one.npy", *MODEL, "--class", "Chair", "--output", "x.npz"], "--output x.npz: give a name that ends in .csv or .json, or "),
+    ],
+)
+def test_mistakes_of_predict(arguments: list[str], words: str, predict: Any, tmp_path: Path) -> None:
+    status, out, err = predict(*arguments)
+    assert (status, out) == (2, "")
+    assert len(err.splitlines()) == 1
     assert words in err
     assert list(tmp_path.iterdir()) == []
