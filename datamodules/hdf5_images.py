@@ -11,7 +11,7 @@ from torch import Tensor
 from .arrays import Arrays
 from .augment.images import ImageAugmentation, Preset
 from .errors import DataError
-from .hdf5_packing import pack_large
+from .hdf5_packing import pack_arrays
 from .hdf5_reading import open_hdf5, resolve_path
 from .images import ImageDataModule
 from .packing import map_images
@@ -28,13 +28,13 @@ def read_images(
         label: name of the labels `(M,)`.
         class_names: name of the list of class names, which may be missing.
         unlabelled: whether a label may be -1, unknown.
-        pack: see `pack_large`.
+        pack: see `pack_arrays`.
 
     Returns:
         The arrays, all samples in the training split, and the split `(M,)` of the file or None.
 
     Raises:
-        DataError: if the file is missing, truncated or of another layout, or what is packed of it cannot be written.
+        DataError: if the file is missing, truncated or of another layout, or cannot be packed.
 
     Example:
         >>> arrays, split = read_images(Path("cifar10.h5"))
@@ -52,8 +52,11 @@ def read_images(
             if array is not None and array.shape != shape[:1]:
                 raise DataError(f"{path}: {name} must have shape ({shape[0]},) like the images, it has {tuple(array.shape)}")
         reader.check_labels(numbers, split, names, lowest=-1 if unlabelled else 0)
-        blocks = reader.blocks("image")
-        mapped = path.absolute() if reader.can_map("image") else pack_large(reader, ("image",), blocks, "images", pack)
+        mapped = None
+        if reader.can_map("image"):
+            mapped = path.absolute()
+        elif not reader.small("image"):
+            mapped = pack_arrays(reader, ("image",), reader.blocks("image"), "images", pack)
         images = reader.numbers("image").permute(0, 3, 1, 2) if mapped is None else map_images(mapped)
     names = names if names is not None else tuple(str(cls) for cls in range(int(numbers.max()) + 1))
     every = torch.zeros(len(numbers), dtype=torch.uint8)
@@ -90,7 +93,7 @@ class HDF5ImagesDataModule(ImageDataModule):
             allowed.
 
     Raises:
-        DataError: if the file is missing, truncated or of another layout.
+        DataError: if the file is missing, truncated or of another layout, or cannot be packed.
         ValueError: if a setting is out of range.
 
     Example:

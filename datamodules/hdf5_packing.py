@@ -10,17 +10,15 @@ from torch import Tensor
 from .hdf5_reading import HDF5Reader
 from .packing import block_dataset, pack_once, packed_place
 
-# Bytes up to which arrays are read into memory instead.
-_IN_MEMORY = 64_000_000
 _FAMILY = "litzoo HDF5 arrays"
 # Packed files of another version are made anew.
 _SOURCE = f"{_FAMILY}, version 1"
 
 
-def pack_large(
+def pack_arrays(
     reader: HDF5Reader, names: tuple[str, ...], blocks: Iterable[tuple[slice, tuple[Tensor, ...]]], unit: str, pack: Path | None
-) -> Path | None:
-    """Pack arrays of an HDF5 file of more than 64 MB, some samples at a time, into a file in which each is one contiguous block.
+) -> Path:
+    """Pack arrays of an HDF5 file, some samples at a time, into a file in which each is one contiguous block.
 
     They are packed once, by one of several processes, and anew if size or time of modification of the file change.
 
@@ -33,20 +31,18 @@ def pack_large(
             allowed.
 
     Returns:
-        The packed file; None if the arrays are smaller, and are to be read into memory.
+        The packed file.
 
     Raises:
         DataError: if it cannot be written.
 
     Example:
         >>> with open_hdf5(Path("/data/cifar10.h5"), "images", "image") as reader:
-        ...     pack_large(reader, ("image",), reader.blocks("image"), "images", None)
+        ...     pack_arrays(reader, ("image",), reader.blocks("image"), "images", None)
         PosixPath('/data/cifar10.h5.image.h5')
     """
     from tqdm import tqdm
 
-    if reader.size(*names) <= _IN_MEMORY:
-        return None
     path = Path(os.path.abspath(reader.path))
     source = f"{_SOURCE}: {' '.join(names)} {reader.stamp(*names)}"
     packed = packed_place(path, f"{path.name}.{names[0]}.h5", source, pack, _FAMILY, "an HDF5 file")

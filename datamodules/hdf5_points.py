@@ -11,7 +11,7 @@ from ..zoo.functional.points import Normalization
 from .arrays import Arrays
 from .augment.points import PointAugmentation
 from .errors import DataError
-from .hdf5_packing import pack_large
+from .hdf5_packing import pack_arrays
 from .hdf5_reading import HDF5Reader, open_hdf5, resolve_path
 from .packing import map_array
 from .points import PointsDataModule
@@ -22,9 +22,9 @@ class HDF5PointsDataModule(PointsDataModule):
 
     The file holds `points` `(M, N, 3)` float, `label` `(M,)` int, and optionally `split` `(M,)` (0 = train,
     1 = validation, 2 = test), `class_names` `(C,)` text, `part` `(M, N)` int, `part_names`, and `count` `(M,)`, where clouds have fewer
-    points than N: those behind them are never seen. Without `split`, a stratified one is drawn. Without `count`, clouds and parts in
-    contiguous, uncompressed blocks are memory-mapped. Others are read into memory up to 64 MB; more of them are packed once, some at a
-    time, into a file that is memory-mapped, and anew if the given file changes.
+    points than N: those behind them are never seen. Without `split`, a stratified one is drawn. Up to 64 MB are read into memory. More are
+    memory-mapped where they are contiguous, uncompressed and without `count`; others are packed once, some at a time, into a file that is
+    memory-mapped, and anew if the given file changes.
 
     Args:
         path: the file; `~` and environment variables are resolved.
@@ -44,7 +44,7 @@ class HDF5PointsDataModule(PointsDataModule):
             allowed.
 
     Raises:
-        DataError: if the file is missing, truncated or of another layout.
+        DataError: if the file is missing, truncated or of another layout, or cannot be packed.
 
     Example:
         >>> data = HDF5PointsDataModule("shapes.h5", num_points=512)
@@ -97,15 +97,16 @@ class HDF5PointsDataModule(PointsDataModule):
             self._check(file, label, split, count)
             file.check_labels(label, split, classes)
             blocks = self._blocks(file, names, count, part_names)
-            if count is None and file.can_map(*names):
-                for _ in blocks:  # looks for what is wrong
-                    pass
-                mapped: Path | None = self.path.absolute()
-            else:
-                mapped = pack_large(file, names, blocks, "clouds", self.pack)
-            if mapped is None:
+            mapped: Path | None = None
+            if file.small(*names):
                 stored = [torch.cat(parts) for parts in zip(*(values for _, values in blocks), strict=True)]
             else:
+                if count is None and file.can_map(*names):
+                    mapped = self.path.absolute()
+                    for _ in blocks:  # looks for what is wrong
+                        pass
+                else:
+                    mapped = pack_arrays(file, names, blocks, "clouds", self.pack)
                 stored = [map_array(mapped, name) for name in names]
         classes = classes if classes is not None else tuple(str(cls) for cls in range(int(label.max()) + 1))
         part = stored[1] if len(stored) > 1 else None

@@ -15,8 +15,8 @@ from .errors import DataError
 from .packing import can_map
 from .splits import TEST, TRAIN, VAL
 
-# Bytes that are read at a time.
-_BLOCK = 1 << 24
+# Bytes of arrays that may be in memory whole, and that are read at a time of larger ones.
+_IN_MEMORY, _BLOCK = 64_000_000, 1 << 24
 
 
 class HDF5Reader:
@@ -59,8 +59,11 @@ class HDF5Reader:
             raise DataError(f"{self.path}: {name} must hold whole numbers, it holds fractions or NaN")
         return values
 
-    def size(self, *names: str) -> int:
-        """Bytes that some arrays take in memory."""
+    def small(self, *names: str) -> bool:
+        """Whether some arrays take at most 64 MB, and may be read into memory whole."""
+        return self._size(*names) <= _IN_MEMORY
+
+    def _size(self, *names: str) -> int:
         return sum(math.prod(self.file[name].shape) * self.kind(name).itemsize for name in names)
 
     def stamp(self, *names: str) -> str:
@@ -88,7 +91,7 @@ class HDF5Reader:
             Which samples, and the arrays' values of them.
         """
         samples = len(self.file[names[0]])
-        rows = max(1, _BLOCK * samples // self.size(*names))
+        rows = max(1, _BLOCK * samples // self._size(*names))
         # Whole chunks, so that each is unpacked once, unless they are too long.
         chunk = max((self.file[name].chunks or (1,))[0] for name in names)
         rows = rows // chunk * chunk or min(chunk, 4 * rows)

@@ -16,7 +16,7 @@ import torch
 from contract import same, write_images, write_points
 
 from litzoo.datamodules import ArrayDataModule, DataError, HDF5ImagesDataModule, HDF5PointsDataModule, PointAugmentation
-from litzoo.datamodules.packing import map_array, packed_from
+from litzoo.datamodules.packing import ArrayBlock, _map, packed_from
 
 EVERYTHING = PointAugmentation(rotation="full", dropout=0.3, jitter=0.02)
 LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "eval_train_dataloader")
@@ -25,7 +25,7 @@ LOADERS = ("train_dataloader", "val_dataloader", "test_dataloader", "eval_train_
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every file is a large one, and is read in several blocks."""
-    monkeypatch.setattr("litzoo.datamodules.hdf5_packing._IN_MEMORY", 0)
+    monkeypatch.setattr("litzoo.datamodules.hdf5_reading._IN_MEMORY", 0)
     monkeypatch.setattr("litzoo.datamodules.hdf5_reading._BLOCK", 5000)
 
 
@@ -71,7 +71,7 @@ def test_packed_mapped_and_in_memory_give_the_same_batches(kind: str, rows: int,
     assert mapped.arrays.mapped == plain
     assert packed.arrays.mapped == tmp_path / f"chunked.h5.{kind}.h5"
     assert same_batches(mapped, packed)
-    monkeypatch.setattr("litzoo.datamodules.hdf5_packing._IN_MEMORY", 1 << 20)
+    monkeypatch.setattr("litzoo.datamodules.hdf5_reading._IN_MEMORY", 1 << 20)
     loaded = make(tmp_path / "chunked.h5")
     assert loaded.arrays.mapped is None
     assert same_batches(loaded, packed)
@@ -92,7 +92,7 @@ def test_clouds_of_any_type_and_size(kind: str, whole: str, tmp_path: Path, monk
             file[name] = value
     packed = clouds(path)
     assert packed.arrays.mapped == tmp_path / "points.h5.points.h5", "points behind the count cannot be mapped"
-    monkeypatch.setattr("litzoo.datamodules.hdf5_packing._IN_MEMORY", 1 << 20)
+    monkeypatch.setattr("litzoo.datamodules.hdf5_reading._IN_MEMORY", 1 << 20)
     loaded = clouds(path)
     assert loaded.arrays.mapped is None
     assert packed.arrays.input.dtype == loaded.arrays.input.dtype
@@ -178,8 +178,6 @@ def test_shards_that_another_file_joins(tmp_path: Path) -> None:
 def test_half_a_pack_is_none(
     kind: str, error: BaseException, told: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from litzoo.datamodules.packing import ArrayBlock
-
     write, make = KINDS[kind]
     plain = write(tmp_path / "plain.h5")
     path = chunked(plain, tmp_path / "chunked.h5", rows=7)
@@ -277,7 +275,7 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path, monkeypat
     assert peak(lambda: make(path).arrays) < 5e6
     assert (tmp_path / f"large.h5.{kind}.h5").stat().st_size > 18e6
     assert peak(lambda: sum(len(batch.label) for batch in make(path).train_dataloader())) < 5e6
-    monkeypatch.setattr("litzoo.datamodules.hdf5_packing._IN_MEMORY", 1 << 30)
+    monkeypatch.setattr("litzoo.datamodules.hdf5_reading._IN_MEMORY", 1 << 30)
     assert peak(lambda: make(path).arrays) > 18e6, "the comparison can fail"
 
 
@@ -285,15 +283,11 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path, monkeypat
 def test_a_pack_may_be_larger_than_the_memory(tmp_path: Path) -> None:
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2":
         pytest.skip("the system grants no more than it has")
-    most = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) * 2
-    path = tmp_path / "sparse.h5"
-    with h5py.File(path, "w") as file:
-        file["image"] = np.zeros((1, 1 << 16), np.uint8)
-        offset = file["image"].id.get_offset()
-    assert map_array(path, "image").shape == (1, 1 << 16)
-    os.truncate(path, most)  # a hole, which takes no room
-    from litzoo.datamodules.packing import _map
-
-    array = _map(path, offset, (most // 2 + (most // 4),), np.dtype("u1"))
-    assert array[-1] == 0
-    array[-1] = 1  # private, and may be written to
+    size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    path = tmp_path / "hole"
+    with path.open("wb") as file:
+        file.truncate(size)  # takes no room
+    array = _map(path, 4096, (size - 4096,), np.dtype("u1"))
+    array[-1] += 1
+    assert array[-1] == 1
+    assert path.stat().st_blocks == 0, "what is written is private"
