@@ -3,13 +3,15 @@
 import itertools
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
-from ...datamodules.meshes import SHAPE_SUFFIXES, turn_up, why_unreadable
+from ...datamodules.meshes import SHAPE_SUFFIXES, read_cloud, turn_up, why_unreadable
 from . import CommandError
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 HDF5 = (".h5", ".hdf5")
 _FILES = f"{', '.join(SHAPE_SUFFIXES)} or HDF5 files with `points`"
@@ -31,7 +33,7 @@ class StoredCloud(NamedTuple):
     class_name: str | None
 
 
-def add_cloud_options(parser: ArgumentParser) -> None:
+def add_cloud_options(parser: "ArgumentParser") -> None:
     """Add the files, the model, and how clouds are read.
 
     Args:
@@ -110,7 +112,6 @@ def stored_classes(path: Path) -> list[str | None]:
 def _read(path: Path, options: Any, wanted: set[str]) -> list[StoredCloud]:
     """The clouds of a file."""
     from ...datamodules.errors import DataError
-    from ...datamodules.meshes import read_cloud
 
     try:
         if path.suffix.lower() in HDF5:

@@ -75,6 +75,8 @@ def class_of(place: str, told: str | None, given: int | None, model: "PointNetSe
 
 
 def _number(name: str, model: "PointNetSegmenter") -> int | None:
+    if name in model.class_names:
+        return model.class_names.index(name)
     known = [each.casefold() for each in model.class_names]
     return known.index(name.casefold()) if name.casefold() in known else None
 
