@@ -54,6 +54,7 @@ class DigitsDataModule(ImageDataModule):
 
     def __init__(
         self,
+        *,
         augmentation: Preset | ImageAugmentation = _GENTLE,
         views: int = 1,
         image_size: int | None = 32,
@@ -71,22 +72,22 @@ class DigitsDataModule(ImageDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            augmentation,
-            views,
-            image_size or 8,
-            train_fraction,
-            imbalance,
-            val_fraction,
-            0.0,
-            split_seed,
-            balanced,
-            mean,
-            std,
-            compiled,
-            batch_size,
-            eval_batch_size,
-            num_workers,
-            seed,
+            augmentation=augmentation,
+            views=views,
+            image_size=image_size or 8,
+            train_fraction=train_fraction,
+            imbalance=imbalance,
+            val_fraction=val_fraction,
+            test_fraction=0.0,
+            split_seed=split_seed,
+            balanced=balanced,
+            mean=mean,
+            std=std,
+            compiled=compiled,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
 
     def read(self) -> Arrays:

@@ -37,6 +37,7 @@ class FurnitureDataModule(HDF5PointsDataModule):
 
     def __init__(
         self,
+        *,
         num_points: int | None = 1024,
         eval_points: int | None = None,
         normalization: Normalization = "unit_sphere",
@@ -52,16 +53,16 @@ class FurnitureDataModule(HDF5PointsDataModule):
     ) -> None:
         super().__init__(
             FURNITURE,
-            num_points,
-            eval_points,
-            normalization,
-            augmentation,
-            val_fraction,
-            test_fraction,
-            split_seed,
-            balanced,
-            batch_size,
-            eval_batch_size,
-            num_workers,
-            seed,
+            num_points=num_points,
+            eval_points=eval_points,
+            normalization=normalization,
+            augmentation=augmentation,
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            split_seed=split_seed,
+            balanced=balanced,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )

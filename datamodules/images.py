@@ -52,6 +52,7 @@ class ImageDataModule(ArrayDataModule):
 
     def __init__(
         self,
+        *,
         augmentation: Preset | ImageAugmentation = "standard",
         views: int = 1,
         image_size: int | None = None,
@@ -69,7 +70,7 @@ class ImageDataModule(ArrayDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, balanced=balanced)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed, balanced=balanced)
         if isinstance(augmentation, str) and augmentation not in PRESETS:
             raise ValueError(f"augmentation must be an ImageAugmentation or one of {', '.join(PRESETS)}; got {augmentation!r}")
         if views < 1 or (image_size is not None and image_size < 1):

@@ -32,13 +32,14 @@ class PatientsDataModule(ArrayDataModule):
 
     def __init__(
         self,
+        *,
         data_seed: int = 0,
         batch_size: int = 25,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, shuffle=False)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed, shuffle=False)
         self.data_seed = data_seed
 
     def read(self) -> Arrays:

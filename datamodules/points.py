@@ -56,6 +56,7 @@ class PointsDataModule(ArrayDataModule):
 
     def __init__(
         self,
+        *,
         num_points: int | None = 1024,
         eval_points: int | None = None,
         normalization: Normalization = "unit_sphere",
@@ -71,7 +72,7 @@ class PointsDataModule(ArrayDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, seed, balanced=balanced)
+        super().__init__(batch_size=batch_size, eval_batch_size=eval_batch_size, num_workers=num_workers, seed=seed, balanced=balanced)
         for name, number in (("num_points", num_points), ("eval_points", eval_points)):
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, or null for all points; got {number}")

@@ -502,6 +502,7 @@ class ShapeNetPartDataModule(PointsDataModule):
     def __init__(
         self,
         root: str | os.PathLike[str],
+        *,
         train_on: TrainOn = "train",
         class_choice: list[str] | None = None,
         part_labels: PartLabels = "global",
@@ -523,20 +524,20 @@ class ShapeNetPartDataModule(PointsDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__(
-            num_points,
-            eval_points,
-            normalization,
-            augmentation,
-            val_fraction,
-            0.0,
-            split_seed,
-            balanced,
-            subset,
-            farthest,
-            batch_size,
-            eval_batch_size,
-            num_workers,
-            seed,
+            num_points=num_points,
+            eval_points=eval_points,
+            normalization=normalization,
+            augmentation=augmentation,
+            val_fraction=val_fraction,
+            test_fraction=0.0,
+            split_seed=split_seed,
+            balanced=balanced,
+            subset=subset,
+            farthest=farthest,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
         for name, value, known in (("train_on", train_on, TrainOn), ("part_labels", part_labels, PartLabels)):
             if value not in get_args(known):
