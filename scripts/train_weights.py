@@ -28,6 +28,7 @@ from litzoo.callbacks import KNNMonitor
 from litzoo.zoo import pretrained
 from litzoo.zoo.cli import CommandError, recipe_path
 from litzoo.zoo.files import write_file
+from litzoo.zoo.weights_files import WEIGHTS
 
 ROOT = Path(__file__).resolve().parent.parent
 # The settings that decide what is learned; others say where files lie and what is shown, or are told otherwise on the card.
@@ -157,7 +158,7 @@ def commit() -> str:
 
 def add_to_index(name: str, file: Path, card: dict[str, Any]) -> None:
     """Put an entry into index.json; the file is replaced as a whole."""
-    path = pretrained.WEIGHTS / "index.json"
+    path = WEIGHTS / "index.json"
     index = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     index[name] = {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(), "card": card}
     write_file(path, (json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
@@ -201,15 +202,14 @@ def make(recipe: Path, run: Run, name: str, texts: dict[str, str | None]) -> dic
         "commit": commit(),
         "litzoo": __version__,
     }
-    weights = pretrained.WEIGHTS
-    with tempfile.TemporaryDirectory(dir=weights, prefix=".") as folder:  # the same file system, so that it can be moved
+    with tempfile.TemporaryDirectory(dir=WEIGHTS, prefix=".") as folder:  # the same file system, so that it can be moved
         stored = Path(folder) / f"{name}.safetensors"
         pretrained.save(model, stored, card, half=True)
         metrics, samples = score(pretrained.load(stored), data, judges(config))
         card |= {"metrics": metrics, "test_samples": samples}
         pretrained.save(model, stored, card, half=True)
-        os.replace(stored, weights / stored.name)
-    add_to_index(name, weights / f"{name}.safetensors", card)
+        os.replace(stored, WEIGHTS / stored.name)
+    add_to_index(name, WEIGHTS / f"{name}.safetensors", card)
     return card
 
 

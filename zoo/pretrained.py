@@ -1,6 +1,5 @@
 """Trained weights: one safetensors file a model, which says what it holds and proves that it is whole. Nothing here unpickles."""
 
-import difflib
 import hashlib
 import json
 import math
@@ -21,12 +20,10 @@ from .. import __version__, zoo
 from .backbones import describe_pretrained
 from .files import whole_file
 from .safe_reading import WeightsError, WeightsFile, first_bytes, is_zip, load_torch_file, one_line, open_safetensors
+from .weights_files import bundled_index, find_weights, is_on_hub
 
-WEIGHTS = Path(__file__).parent / "weights"
 _FORMAT = "1"
-_HUB = "hf-hub:"
 _TIMM = ("timm:", "hf-hub:timm/")
-_HUB_SOURCE = re.compile(r"hf-hub:(?P<repo>[^/@:]+/[^/@:]+)(@(?P<revision>[^:]+))?(:(?P<file>.+))?")
 
 
 def list_models() -> list[str]:
@@ -42,7 +39,7 @@ def list_models() -> list[str]:
         >>> "pointnet_furniture" in list_models()
         True
     """
-    return sorted(_index())
+    return sorted(bundled_index())
 
 
 def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
@@ -67,7 +64,7 @@ def load(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> 
     Example:
         >>> model = litzoo.load("pointnet_furniture")
     """
-    return _to_device(_load_timm(source) if _is_timm(source) else _load_file(_locate(source)), device)
+    return _to_device(_load_timm(source) if _is_timm(source) else _load_file(find_weights(source)), device)
 
 
 def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
@@ -87,7 +84,7 @@ def load_model(source: str | os.PathLike[str], device: str | torch.device = "cpu
     Example:
         >>> model = load_model("runs/pointnet/last.ckpt")
     """
-    return load_checkpoint(source, device) if Path(source).suffix == ".ckpt" and not _is_hub(source) else load(source, device)
+    return load_checkpoint(source, device) if Path(source).suffix == ".ckpt" and not is_on_hub(source) else load(source, device)
 
 
 def load_encoder(source: str | os.PathLike[str], device: str | torch.device = "cpu") -> LightningModule:
@@ -269,7 +266,7 @@ def read_header(source: str | os.PathLike[str]) -> dict[str, Any]:
     Example:
         >>> read_header("pointnet_furniture")["card"]["metrics"]
     """
-    place = _locate(source)
+    place = find_weights(source)
     first_bytes(place)
     with open_safetensors(place) as file:
         header = file.metadata() or {}
@@ -337,90 +334,6 @@ def save(model: LightningModule, path: str | os.PathLike[str], card: Mapping[str
         file.write(to_safetensors(tensors, metadata=header))
         file.flush()
         os.fsync(file.fileno())
-
-
-def _index() -> dict[str, Any]:
-    path = WEIGHTS / "index.json"
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except ValueError as error:
-        raise WeightsError(f"the index of the trained models, {path}, is not JSON ({one_line(error, 120)}): reinstall litzoo") from error
-    if not isinstance(index, dict):
-        raise WeightsError(f"the index of the trained models, {path}, is not a table of names: reinstall litzoo")
-    return index
-
-
-def _is_hub(source: str | os.PathLike[str]) -> bool:
-    return isinstance(source, str) and source.startswith(_HUB)
-
-
-def _locate(source: str | os.PathLike[str]) -> WeightsFile:
-    if isinstance(source, str) and source.startswith(_HUB):
-        return _download(source)
-    path = Path(source).expanduser()
-    file = WeightsFile(path, os.fspath(source), "copy it again, or export its checkpoint again")
-    if not isinstance(source, str) or path.name != source or path.suffix in (".safetensors", ".ckpt"):
-        return file
-    index = _index()
-    if source in index:
-        return _bundled(source, index[source])
-    if path.is_file():
-        return file
-    close = difflib.get_close_matches(source, index, n=1, cutoff=0.5)
-    known = f"there are: {', '.join(sorted(index))}" if index else "this installation holds none: give the path of a .safetensors file"
-    raise WeightsError(f"no trained model {source!r}; " + (f"did you mean {close[0]}?" if close else known))
-
-
-def _bundled(name: str, entry: Any) -> WeightsFile:
-    if not isinstance(entry, dict) or not isinstance(entry.get("file"), str) or not isinstance(entry.get("sha256"), str):
-        raise WeightsError(f"the entry of {name!r} in {WEIGHTS / 'index.json'} lacks its file or its sha256: reinstall litzoo")
-    place = WeightsFile(WEIGHTS / entry["file"], f"the trained model {name!r} ({WEIGHTS / entry['file']})", "reinstall litzoo")
-    if not place.path.is_file():
-        raise WeightsError(f"{place.label} is missing: {place.cure}")
-    first_bytes(place)
-    with place.path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != entry["sha256"]:
-        raise WeightsError(
-            f"{place.label} is damaged or replaced (its sha256 is {found[:12]}..., expected {entry['sha256'][:12]}...): {place.cure}"
-        )
-    return place
-
-
-def _download(source: str) -> WeightsFile:
-    match = _HUB_SOURCE.fullmatch(source)
-    if match is None:
-        raise WeightsError(
-            f"{source} is not an address on the hub: write hf-hub:owner/repo, hf-hub:owner/repo@revision or hf-hub:owner/repo:file"
-        )
-    repo, revision, file = match["repo"], match["revision"], match["file"] or "model.safetensors"
-    if not file.endswith(".safetensors"):
-        raise WeightsError(f"{source} names a file that is not a .safetensors file; only those are loaded from the hub")
-
-    from huggingface_hub import errors, hf_hub_download
-
-    try:
-        path = hf_hub_download(repo, file, revision=revision, library_name="litzoo", library_version=__version__)
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, ConnectionError) as error:
-        raise WeightsError(
-            f"{source} is not in the local cache and the hub cannot be reached: "
-            "check the connection (and that HF_HUB_OFFLINE is not set), or download the file and give its path"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise WeightsError(
-            f"{source}: the hub has no repository {repo}, or it is private: check the spelling, or log in with `hf auth login`"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise WeightsError(
-            f"{source}: the repository {repo} has no revision {revision!r}; name a branch, a tag or a commit of it"
-        ) from error
-    except errors.EntryNotFoundError as error:
-        raise WeightsError(f"{source}: the repository {repo} has no file {file}; name the right one as hf-hub:{repo}:FILE") from error
-    except Exception as error:  # errors of its HTTP client get through, too
-        raise WeightsError(f"{source} cannot be fetched from the hub: {one_line(error, 200)}") from error
-    return WeightsFile(Path(path), source, f"delete {path} to have it downloaded again")
 
 
 def _is_timm(source: str | os.PathLike[str] | Mapping[str, Any]) -> TypeGuard[str]:

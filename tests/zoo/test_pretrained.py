@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from litzoo import zoo
-from litzoo.zoo import PointNetClassifier, WeightsError, list_models, load, load_encoder, pretrained, save
+from litzoo.zoo import PointNetClassifier, WeightsError, list_models, load, load_encoder, pretrained, save, weights_files
 from litzoo.zoo.cli.export import export
 from litzoo.zoo.pretrained import load_checkpoint, read_checkpoint
 
@@ -87,7 +87,7 @@ def bundle(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = folder / "tiny_blobs.safetensors"
     path.write_bytes(file.read_bytes())
     write_index(folder, {"tiny_blobs": {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "card": {}}})
-    monkeypatch.setattr(pretrained, "WEIGHTS", folder)
+    monkeypatch.setattr(weights_files, "WEIGHTS", folder)
     return path
 
 
@@ -229,7 +229,7 @@ def test_unknown_name(bundle: Path) -> None:
 
 
 def test_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrained, "WEIGHTS", tmp_path / "nowhere")
+    monkeypatch.setattr(weights_files, "WEIGHTS", tmp_path / "nowhere")
     assert list_models() == []
     message("tiny_blobs", "no trained model", "path of a .safetensors file")
 
