@@ -150,7 +150,9 @@ function element(tag) {
   made.setAttribute = (name, value) => { made.attributes[name] = value; };
   return made;
 }
-const found = { canvas: element("canvas"), nav: element("nav"), fieldset: element("fieldset") };
+const found = { canvas: element("canvas"), nav: element("nav"), fieldset: element("fieldset"), p: element("p") };
+Object.assign(found.fieldset, { offsetLeft: 4, offsetTop: 70, offsetWidth: 30, offsetHeight: 16 });
+Object.assign(found.p, { offsetTop: 0, offsetHeight: 0 });
 Object.assign(found.canvas, { clientWidth: 120, clientHeight: 90, setPointerCapture() {}, getContext: () => ({
   createImageData: (width, height) => ({ data: new Uint8ClampedArray(4 * width * height) }),
   putImageData: image => { picture = Uint8ClampedArray.from(image.data); } }) });
@@ -161,13 +163,16 @@ global.document = { getElementById: () => ({ textContent: scripts[0] }), querySe
 new Function(scripts[1])();
 function seen() {
   while (frames.length) frames.shift()();
-  let red = 0, blue = 0, any = 0;
+  let red = 0, blue = 0, any = 0, outside = 0;
   for (let i = 0; i < picture.length; i += 4) {
-    if (picture[i] + picture[i + 1] + picture[i + 2] < 740) any++;
+    const wide = found.canvas.width, fine = wide / found.canvas.clientWidth, ink = picture[i] + picture[i + 1] + picture[i + 2] < 740;
+    const x = (i / 4) % wide / fine, y = Math.floor(i / 4 / wide) / fine, legend = x < 34 && y > found.fieldset.offsetTop;
+    if (ink) any++;
+    if (ink && (Math.min(x, y, found.canvas.clientWidth - x, found.canvas.clientHeight - y) < 10 || legend)) outside++;
     if (picture[i] > picture[i + 2] + 60) red++;
     if (picture[i + 2] > picture[i] + 60) blue++;
   }
-  return { any, red, blue, pixels: picture.length / 4 };
+  return { any, red, blue, outside, dots: found.fieldset.children.map(label => label.children[1].style.background), pixels: picture.length / 4 };
 }
 const toggle = place => { const box = found.fieldset.children[place].children[0]; box.checked = !box.checked; box.listeners.change(); };
 const result = { buttons: found.nav.children.map(button => button.textContent), start: seen() };
@@ -178,9 +183,10 @@ toggle(2); result.upper = seen(); const before = picture;
 found.canvas.listeners.pointerdown({ pointerId: 1, clientX: 10, clientY: 10 });
 found.canvas.listeners.pointermove({ pointerId: 1, clientX: 60, clientY: 10 });
 found.canvas.listeners.pointerup({ pointerId: 1 });
-seen(); result.turned = picture.length !== before.length || picture.some((value, i) => value !== before[i]);
+result.aside = seen(); result.turned = picture.length !== before.length || picture.some((value, i) => value !== before[i]);
 found.canvas.listeners.wheel({ preventDefault() {}, deltaY: 200, deltaMode: 0 }); result.small = seen();
 found.canvas.listeners.dblclick();
+found.canvas.clientWidth = 70; found.canvas.clientHeight = 100; found.fieldset.offsetTop = 80; result.narrow = seen();
 found.nav.children[1].listeners.click(); toggle(0); result.second = seen();
 console.log(JSON.stringify(result));
 """
@@ -201,6 +207,10 @@ def test_the_script_of_the_page_draws(tmp_path: Path) -> None:
     assert result["nothing"]["any"] == 0
     assert result["upper"]["any"] > 100
     assert result["turned"]
+    for shown in ("start", "full", "upper", "aside", "narrow"):
+        assert result[shown]["outside"] == 0, f"{shown}: the object keeps clear of the edges and of the legend"
+    grey, blue = "rgb(188,197,207)", "rgb(42,103,168)"
+    assert [result[shown]["dots"][0] for shown in ("start", "full", "nothing")] == [grey, blue, blue], "the legend says what is drawn"
     assert result["small"]["any"] > 0
     assert result["second"]["blue"] > 20
 
