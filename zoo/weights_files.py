@@ -84,6 +84,8 @@ def find_weights(source: str | os.PathLike[str]) -> WeightsFile:
         return _bundled(source, index[source])
     if path.is_file():
         return file
+    if ":" in source:
+        raise WeightsError(f"no source {source!r} of weights; those outside litzoo are timm:NAME and hf-hub:owner/repo")
     close = difflib.get_close_matches(source, index, n=1, cutoff=0.5)
     known = f"there are: {', '.join(sorted(index))}" if index else "this installation holds none: give the path of a .safetensors file"
     raise WeightsError(f"no trained model {source!r}; " + (f"did you mean {close[0]}?" if close else known))

@@ -59,6 +59,50 @@ def test_says_what_does_not_fit(recipe: str, options: list[str], words: str, tmp
     assert not list(tmp_path.glob("*/*"))
 
 
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The root folder of a short run of another model."""
+    root = tmp_path_factory.mktemp("runs")
+    short = [
+        "--trainer.max_epochs",
+        "2",
+        "--trainer.limit_train_batches",
+        "1",
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.callbacks",
+        "null",
+    ]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(root)]
+    assert main(["fit", "--config", "classifier_digits", *short, *quiet]) == 0
+    return root
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["fit", "--config", "classifier_digits", "--ckpt_path", "last", "--trainer.max_epochs", "1"], "has had 2 epochs"),
+        (["test", "--config", "instdisc_digits", "--ckpt_path", "LAST"], "holds ImageClassifier, but the configuration names InstanceDisc"),
+        (
+            ["fit", "--config", "linear_eval", "--data", "FurnitureDataModule", "--model.encoder", "LAST"],
+            "but FurnitureDataModule has none",
+        ),
+        (["report", "classifier_digit"], "did you mean classifier_digits?"),
+        (["embed", "--config", "classifier_digits", "--model", "tim:resnet18", "--output", "x.h5"], "timm:NAME"),
+    ],
+)
+def test_says_what_does_not_fit_of_a_run(
+    digits_run: Path, command: list[str], words: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(digits_run)
+    last = digits_run / "classifier_digits" / "version_0" / "checkpoints" / "last.ckpt"
+    before = sorted(digits_run.rglob("*"))
+    assert main([str(last) if argument == "LAST" else argument for argument in command]) == 2
+    assert words in capsys.readouterr().err
+    assert sorted(digits_run.rglob("*")) == before, "a command that was refused leaves nothing behind"
+
+
 def test_every_card_names_a_shipped_recipe() -> None:
     from litzoo.zoo.cli import recipe_path
 

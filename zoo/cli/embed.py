@@ -133,11 +133,8 @@ def check_agreement(model: Any, source: str, data: "ArrayDataModule") -> None:
     Raises:
         CommandError: if kind, channels, size or normalisation differ.
     """
-    # A classifier on an encoder takes what the encoder does.
-    hparams: Any = getattr(getattr(model, "encoder", None), "hparams", None) or getattr(model, "hparams", {})
-    for name, kind in _KINDS.items():
-        if name in hparams and not hasattr(data, name):
-            raise CommandError(f"{source} ({type(model).__name__}) takes {kind}, but {type(data).__name__} has none: give other data")
+    check_kind(model, source, data)
+    hparams = _hparams_of_inputs(model)
     takes = inspect.signature(type(data).__init__).parameters
     for name, options in _AGREE.items():
         wanted, found = hparams.get(name), getattr(data, name, None)
@@ -148,6 +145,23 @@ def check_agreement(model: Any, source: str, data: "ArrayDataModule") -> None:
             value = str(wanted) if isinstance(wanted, (str, int)) else f"[{','.join(map(str, wanted))}]"
             cure = next((f"add --data.{option} {value}" for option in options if option in takes), "give other data")
             raise CommandError(f"{source} was made for {name} {value}, but that of {type(data).__name__} is {found}: {cure}")
+
+
+def check_kind(model: Any, source: str, data: Any) -> None:
+    """Refuse pictures where a model takes clouds, and the other way round.
+
+    Raises:
+        CommandError: if the data have none of what the model takes.
+    """
+    hparams = _hparams_of_inputs(model)
+    for name, kind in _KINDS.items():
+        if name in hparams and not hasattr(data, name):
+            raise CommandError(f"{source} ({type(model).__name__}) takes {kind}, but {type(data).__name__} has none: give other data")
+
+
+def _hparams_of_inputs(model: Any) -> Any:
+    """A classifier on an encoder takes what the encoder does."""
+    return getattr(getattr(model, "encoder", None), "hparams", None) or getattr(model, "hparams", {})
 
 
 def prepared_batches(

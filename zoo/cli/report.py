@@ -1,5 +1,6 @@
 """`litzoo report`: one page about a training, to read, to send and to keep."""
 
+import difflib
 import glob
 import os
 import platform
@@ -76,8 +77,11 @@ def report(arguments: list[str]) -> int:
     options, data = parse_with_data(parser, [*arguments, *_data_of_run(arguments)], "without --log_only, litzoo report takes")
     run = _run_at(options.run)
     if run is None:
+        close = difflib.get_close_matches(options.run, [path.name for path in Path("runs").glob("*/")], n=1)
         raise CommandError(
-            f"there is no run {options.run}: give a folder that `litzoo fit` wrote, such as runs/classifier_digits/version_0"
+            f"there is no run {options.run}: did you mean {close[0]}?"
+            if close
+            else f"there is no run {options.run}: give a folder that `litzoo fit` wrote, such as runs/classifier_digits/version_0"
         )
     output: Path = options.output or run / "report.html"
     if output.suffix.lower() not in (".html", ".htm"):
@@ -284,7 +288,7 @@ def _add_model(page: "Report", run: Path, data: "ArrayDataModule", options: Any)
         )
     seen = _see(model, data, options)
     page.class_names = data.class_names
-    page.split = f"{len(seen.label):,} {options.split} samples, {checkpoint.name}"
+    page.split = f"{len(seen.label):,} {options.split} samples, {checkpoint.name}, in float32"
     if seen.probability is not None and (seen.label >= 0).any():
         _add_predictions(page, seen, data)
     if seen.features is not None and options.method != "none":

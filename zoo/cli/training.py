@@ -25,8 +25,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...callbacks import StepSeed
+from ...datamodules import ArrayDataModule
 from ..pretrained import list_models, load, read_header
 from . import CommandError, is_config
+from .embed import check_kind
 from .encoder_data import prepare_images_for
 from .next_stage import check_next_stage, run_next_stage
 from .parsing import LINKS, Parser, import_short_names
@@ -218,7 +220,7 @@ class LitzooCLI(LightningCLI):
 
     def _find_start(self, settings: Any) -> None:
         """What there is to score, or to train on from: weights or a checkpoint, if any."""
-        fits, given = self.subcommand == "fit", settings.get("ckpt_path")
+        fits, given, expected = self.subcommand == "fit", settings.get("ckpt_path"), settings.model.class_path.rpartition(".")[2]
         self._runs = Path(os.path.expandvars(settings.trainer.default_root_dir)).expanduser() / self._run_name()
         # Lightning would take what any requeued job has left in the root folder for this job's own.
         self._job = job_folder(self._runs)
@@ -228,7 +230,7 @@ class LitzooCLI(LightningCLI):
         self._resumed: ResumePoint | None = None
         self._described: dict[str, Any] | None = None
         if not fits and _is_weights(given):
-            held, expected = read_header(given)["model"], settings.model.class_path.rpartition(".")[2]
+            held = read_header(given)["model"]
             if held != expected:
                 raise CommandError(
                     f"{given} holds {held}, but the configuration names {expected}: give the recipe of its card, or --model {held}"
@@ -248,7 +250,14 @@ class LitzooCLI(LightningCLI):
         settings.ckpt_path = str(self._checkpoint)
         checkpoint = read_checkpoint(self._checkpoint, to_resume=fits)
         _say(f"litzoo: {self.subcommand} from {self._checkpoint}")
-        self._described = (checkpoint.get("hyper_parameters") or {}).get("encoder")
+        saved = checkpoint.get("hyper_parameters") or {}
+        held = str(saved.get("_class_path", settings.model.class_path)).rpartition(".")[2]
+        if held != expected:
+            raise CommandError(f"{wanted} holds {held}, but the configuration names {expected}: give that of its run with --config")
+        done, planned = checkpoint.get("epoch", -1) + 1, settings.trainer.max_epochs
+        if fits and planned is not None and 0 <= planned < done:
+            raise CommandError(f"{wanted} has had {done} epochs: to go on from it, give --trainer.max_epochs above that, not {planned}")
+        self._described = saved.get("encoder")
         self._old_run = saved_run(checkpoint) if wanted == requeued else run_of(self._checkpoint)
         if fits and wanted in ("last", requeued):
             self._resumed = resume_point(checkpoint)
@@ -258,6 +267,8 @@ class LitzooCLI(LightningCLI):
         self._refuse_disagreement()
         if self._described is not None and self._encoder is not None:
             self._settings().model.init_args["encoder"] = self._encoder  # in the saved configuration, as it was named
+        if self._encoder is not None and isinstance(self.datamodule, ArrayDataModule):
+            check_kind(self.model, str(self._encoder), self.datamodule)
         if self._weights is not None:
             self.model = self._load_weights(self._weights)
         for name in set(LINKS) - set(inspect.signature(type(self.model).__init__).parameters):
