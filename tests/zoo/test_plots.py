@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.contour import ContourSet
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -53,6 +54,21 @@ def test_confusion_matrix_is_legible(classes: int) -> None:
     assert smallest >= 4
     if classes <= 11:
         assert all(any(text.split("\n")[0] == str(count) for text in shown) for count in matrix[matrix > 0])
+
+
+def test_confusion_matrix_has_type_of_good_contrast() -> None:
+    """WCAG 2.1 asks for 4.5 between type and ground; one colour of type leaves no jump between cells of nearly one colour."""
+
+    def luminance(color: tuple[float, ...]) -> float:
+        rgb = np.asarray(color[:3], dtype=np.float64)
+        return float(np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722])
+
+    figure = plot_confusion_matrix(np.array([[50, 50], [0, 7]]), ["a", "b"])
+    (image,) = figure.axes[0].get_images()
+    (ink,) = {to_rgb(text.get_color()) for text in figure.axes[0].texts if "%" in text.get_text()}
+    grounds = [luminance(color) for color in map(tuple, image.cmap(np.linspace(0, 1, 101)))]
+    assert (min(grounds) + 0.05) / (luminance(ink) + 0.05) >= 4.5
+    assert grounds == sorted(grounds, reverse=True), "more is darker"
 
 
 def test_confusion_matrix_labels_do_not_overlap() -> None:

@@ -10,7 +10,8 @@ from .figures import INK, LINES, MUTED, new_figure, shorten, text_width
 
 _POINTS = 72  # to the inch
 _SMALLEST_FONT = 4.5
-_BLUES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#cfe0f1", "#6fa4d4", "#2f6fb2", "#123f73"])
+# Light enough for dark type (contrast 4.5 and more), so that two cells of nearly one colour never differ in the colour of their type.
+_BLUES = LinearSegmentedColormap.from_list("shares", ["#ffffff", "#cfe0f1", "#a3c6e8", "#7aaede", "#5797d3"])
 
 
 def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title: str = "") -> Figure:
@@ -74,8 +75,7 @@ def plot_confusion_matrix(matrix: np.ndarray, class_names: Sequence[str], title:
         percent = "\n{:.0%}" if cell >= 0.6 else ""
         for row, column in np.argwhere(counts):
             text = str(counts[row, column]) + percent.format(share[row, column])
-            color = "white" if share[row, column] > 0.42 else INK
-            axes.text(column, row, text, ha="center", va="center", fontsize=count_font, color=color, linespacing=1.3)
+            axes.text(column, row, text, ha="center", va="center", fontsize=count_font, color=INK, linespacing=1.3)
 
     beside = side + 0.1 + support_width
     for row, text in enumerate(support):
