@@ -1,6 +1,6 @@
 """What the image models share: which images they take, and how raw images are prepared for them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -108,16 +108,22 @@ class ImageInput:
             Batches `(B, C, H, W)` in the order of the images; one, unless the sizes differ.
 
         Raises:
-            ValueError: if an image has the wrong shape, dtype or range, or there are no images.
+            ValueError: if an image is no tensor, has the wrong shape, dtype or range, or there are no images.
         """
-        groups = [self._prepare(group, device) for group in ([images] if isinstance(images, Tensor) else images)]
+        several = isinstance(images, Iterable) and not isinstance(images, (Tensor, str))
+        groups = [self._prepare(group, device) for group in (images if several else [images])]
         if not groups:
             raise ValueError("there are no images to predict")
         return [torch.cat(groups)] if len({group.shape[1:] for group in groups}) == 1 else groups
 
-    def _prepare(self, images: Tensor, device: torch.device | str) -> Tensor:
+    def _prepare(self, images: Any, device: torch.device | str) -> Tensor:
         from torchvision.transforms.v2 import functional as vision
 
+        if not isinstance(images, Tensor):
+            raise ValueError(  # noqa: TRY004  # the command line tells ValueErrors in one sentence
+                "an image is a uint8 or float tensor (channels, height, width), such as torchvision.io.decode_image gives, "
+                f"got {type(images).__name__}"
+            )
         images = images.unsqueeze(0) if images.dim() == 3 else images
         if images.dim() != 4 or images.shape[1] not in {1, 3, self.channels} or 0 in images.shape:
             raise ValueError(f"predict takes images of shape (channels, height, width) or a batch of them, got {tuple(images.shape)}")

@@ -118,6 +118,15 @@ def test_raw_images_are_resized_as_in_the_training_of_the_weights(mode: Any, oth
     assert (found - expected(other)).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("kind", [str, Path, Image.open, lambda path: v2.PILToTensor()(Image.open(path)).numpy()])
+def test_what_is_no_tensor_is_told_in_one_sentence(kind: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    given, encoder = kind(tmp_path / "a.png"), ImageEncoder("conv4", image_size=16)
+    for images in (given, [given]):
+        with pytest.raises(ValueError, match=r"an image is a uint8 or float tensor .* torchvision.io.decode_image gives, got \w+$"):
+            encoder.embed(images)
+
+
 def test_settings_of_all_kinds_of_networks() -> None:
     """One of 60 networks with weights, of every size and family."""
     names = [name for name in timm.list_models(pretrained=True) if "sapiens2" not in name][::60]
@@ -299,7 +308,8 @@ def test_other_faults_of_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_encoder_alone_has_no_classes(photos: Path, downloads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["predict", "photos", "--model", "timm:test_vit@32"]) == 2
-    assert "litzoo.load_encoder('timm:test_vit@32').embed(pictures)" in capsys.readouterr().err
+    command = "`litzoo embed --model timm:test_vit@32 --data ImageFolderDataModule --data.path DIR --output features.h5`"
+    assert command in capsys.readouterr().err
     with pytest.raises(ValueError, match="has no linear classifier on its features to rescale"):
         EncoderClassifier("timm:test_vit@32", num_classes=2, head="tau_normalized")
     with pytest.raises(ValueError, match="interpolation must be one of bilinear, bicubic; got 'nearest'"):

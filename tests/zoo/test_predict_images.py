@@ -210,7 +210,10 @@ def test_the_wrong_kind(weights: Path, here: Path, capsys: pytest.CaptureFixture
             capsys, weights, "cloud.npy", name, model="points"
         )
     told = mistake(capsys, weights, "a.png", model="encoder")
-    assert "is an encoder, InstanceDiscrimination, and has no classes: give a classifier, or get features in Python" in told
+    assert (
+        "is an encoder, InstanceDiscrimination, and has no classes: give a classifier, or write its features with `litzoo embed --model "
+        in told
+    )
     assert "LogisticRegression, which classifies neither pictures nor point clouds" in mistake(capsys, weights, "a.png", model="numbers")
     (here / "photos").mkdir()
     Image.fromarray(pixels(0)).save("photos/a.png")

@@ -1,5 +1,6 @@
 """What `litzoo predict` and `litzoo select` read: pictures, meshes and point clouds in files and folders, in batches."""
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import groupby
@@ -88,8 +89,8 @@ def classified_kind(model: Any, source: str) -> Kind:
     kind: Kind | None = getattr(model, "input_kind", None)
     if hasattr(model, "embed") and not hasattr(model, "predict"):
         raise CommandError(
-            f"{source} is an encoder, {type(model).__name__}, and has no classes: give a classifier, "
-            f"or get features in Python with litzoo.load_encoder({source!r}).embed(pictures)"
+            f"{source} is an encoder, {type(model).__name__}, and has no classes: give a classifier, or write its features with "
+            f"`litzoo embed --model {shlex.quote(source)} --data ImageFolderDataModule --data.path DIR --output features.h5`"
         )
     if kind not in READABLE or not hasattr(model, "predict") or not hasattr(model, "class_names"):
         raise CommandError(f"{source} is a {type(model).__name__}, which classifies neither pictures nor point clouds")
