@@ -254,6 +254,14 @@ def test_packed_shapes_are_classified_as_the_data_module_gives_them(weights: Pat
             assert found[batch.index] == pytest.approx(loaded.predict_step(data.transform(batch), 0).numpy(), abs=2e-6)
 
 
+def test_whole_numbers_in_hdf5_are_no_points(weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the data module says of the same file."""
+    with h5py.File("whole.h5", "w") as file:
+        file["points"] = np.ones((2, 9, 3), np.int32)
+    told = mistake(capsys, weights, "whole.h5")
+    assert "whole.h5: `points` must be floats of shape (clouds, points, 3), they are int32 (2, 9, 3)" in told
+
+
 @pytest.mark.parametrize("count", [[3], [3, 0], [3, 10], [3.0, 3.0], 3])
 def test_counts_that_fit_no_cloud(count: Any, weights: Path, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with h5py.File("packed.h5", "w") as file:

@@ -200,6 +200,10 @@ def _clouds(path: Path) -> list[np.ndarray]:
                 points = _content(path, file, "points")
                 if not isinstance(points, h5py.Dataset):
                     raise CommandError(f"{path}: `points` must be an array, it is a group")
+                if points.dtype.kind != "f":
+                    raise CommandError(
+                        f"{path}: `points` must be floats of shape (clouds, points, 3), they are {points.dtype} {points.shape}"
+                    )
                 points = points[()]
                 if "count" in file:
                     count = np.asarray(file["count"])
