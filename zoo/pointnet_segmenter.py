@@ -321,10 +321,10 @@ def _check_settings(
     network: str,
     dropout: float,
 ) -> None:
+    if num_parts == 0:
+        raise ValueError("the data have no part labels, which a segmenter is trained with: an HDF5 file needs `part` and `part_names`")
     if num_classes < 1 or num_parts < 2:
-        raise ValueError(
-            f"num_classes must be at least 1 and num_parts at least 2, got {num_classes} and {num_parts}: have the data parts?"
-        )
+        raise ValueError(f"num_classes must be at least 1 and num_parts at least 2, got {num_classes} and {num_parts}")
     for name, values, number in (
         ("class_names", class_names, num_classes),
         ("part_names", part_names, num_parts),

@@ -102,4 +102,4 @@ def test_segmentation_needs_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     path = str(write_points(tmp_path / "shapes.h5"))
     assert main(["fit", "--config", "pointnet_seg_psb", "--data.path", path, *SMALL]) == 2
-    assert "have the data parts?" in capsys.readouterr().err
+    assert "the data have no part labels, which a segmenter is trained with: an HDF5 file needs `part` and" in capsys.readouterr().err

@@ -151,7 +151,8 @@ def test_weights_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_parts": 0, "part_classes": []}, "have the data parts"),
+        ({"num_parts": 0, "part_classes": []}, "the data have no part labels"),
+        ({"num_parts": 1, "part_classes": [0]}, "num_parts at least 2, got 2 and 1$"),
         ({"part_classes": [0, 1]}, "part_classes has 2 entries, it needs 5"),
         ({"part_classes": [0, 0, 1, 1, 2]}, "must lie in"),
         ({"part_names": ["a"]}, "part_names has 1 entries"),
