@@ -29,14 +29,12 @@ class Kind:
         suffixes: how their names end.
         noun: one of them.
         nouns: several of them.
-        failure: what cannot be done to broken ones.
         source: with which the source of their packed files begins.
     """
 
     suffixes: Collection[str]
     noun: str
     nouns: str
-    failure: str
     source: str
 
 
@@ -62,7 +60,7 @@ class ClassFolders:
         DataError: if the folder is missing or has another layout.
 
     Example:
-        >>> ClassFolders(Path("photos"), Kind((".jpg",), "image", "images", "decoded", "photos")).class_names
+        >>> ClassFolders(Path("photos"), Kind((".jpg",), "image", "images", "photos")).class_names
         ('cat', 'dog')
     """
 
@@ -249,7 +247,7 @@ class ClassFolders:
     def _complaint(self, corrupt: dict[int, str]) -> str:
         first = ", ".join(f"{printable(self.names[place])} ({printable(reason)})" for place, reason in list(corrupt.items())[:5])
         more = f" and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-        return f"{len(corrupt)} of {len(self.names)} {self.kind.nouns} in {self.root} cannot be {self.kind.failure}: {first}{more}"
+        return f"{len(corrupt)} of {len(self.names)} {self.kind.nouns} in {self.root} cannot be read: {first}{more}"
 
 
 def _scan(root: Path, suffixes: Collection[str]) -> tuple[list[tuple[str, int, int]], list[str]]:

@@ -18,7 +18,7 @@ from .pictures import PICTURE_SUFFIXES, decode_picture, why_undecodable
 
 Fit = Literal["crop", "stretch"]
 
-_KIND = Kind(PICTURE_SUFFIXES, "image", "images", "decoded", "litzoo image folder")
+_KIND = Kind(PICTURE_SUFFIXES, "image", "images", "litzoo image folder")
 # Packed files of another version are made anew.
 _SOURCE = f"{_KIND.source}, version 1"
 # Decoded images that are held before they are written, in bytes.
@@ -58,7 +58,7 @@ class ImageFolderDataModule(ImageDataModule):
         color: three channels; False packs grey images of one channel.
         pack: file to pack into, or an existing folder for it; None puts it beside `path`, or into `~/.cache/litzoo` where that is not
             allowed. The name that it gets says `size`, `fit` and `color`.
-        skip_corrupt: leave out images that cannot be decoded, with a warning, instead of refusing to start.
+        skip_corrupt: leave out images that cannot be read, with a warning, instead of refusing to start.
         augmentation: a preset by name, or an `ImageAugmentation`.
         views: views of each training image.
         image_size: pixels of what a model gets; None takes `size`.
@@ -77,7 +77,7 @@ class ImageFolderDataModule(ImageDataModule):
         seed: seed of order and augmentation; None takes that of `seed_everything`, or 0.
 
     Raises:
-        DataError: if the folder is missing, has another layout or holds files that cannot be decoded.
+        DataError: if the folder is missing, has another layout or holds files that cannot be read.
         ValueError: if a setting is out of range.
 
     Example:

@@ -18,7 +18,7 @@ from .packing import map_array, pack_once
 from .points import PointsDataModule
 from .splits import VAL, hold_out
 
-_KIND = Kind(SHAPE_SUFFIXES, "shape", "shapes", "read", "litzoo mesh folder")
+_KIND = Kind(SHAPE_SUFFIXES, "shape", "shapes", "litzoo mesh folder")
 # Packed files of another version are made anew.
 _SOURCE = f"{_KIND.source}, version 2"
 # Shapes that are written at a time.

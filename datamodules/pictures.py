@@ -59,4 +59,6 @@ def why_undecodable(error: Exception) -> str:
         >>> why_undecodable(OSError("image file is truncated"))
         'image file is truncated'
     """
+    if isinstance(error, OSError) and error.strerror:  # it names the file once more
+        return error.strerror
     return "no picture" if type(error).__name__ == "UnidentifiedImageError" else str(error) or type(error).__name__

@@ -348,7 +348,7 @@ def test_all_broken_files_are_counted_and_five_named(root: Path) -> None:
     with pytest.raises(DataError) as caught:
         _ = ImageFolderDataModule(root, size=16).num_classes
     message = str(caught.value)
-    assert message.startswith(f"8 of 68 images in {root} cannot be decoded: cat/cut.jpg (")
+    assert message.startswith(f"8 of 68 images in {root} cannot be read: cat/cut.jpg (")
     assert all(name in message for name in names[:5])
     assert not any(name in message for name in names[5:])
     assert "and 3 more: remove or replace them, or leave them out with --data.skip_corrupt true" in message
@@ -363,7 +363,7 @@ def test_skip_corrupt_leaves_them_out(root: Path) -> None:
     names = spoil(root)
     for again in range(2):  # the second time, nothing is decoded, but they are named all the same
         data = ImageFolderDataModule(root, size=16, skip_corrupt=True)
-        with pytest.warns(UserWarning, match=r"8 of 68 images in .* cannot be decoded: cat/cut\.jpg .* they are left out"):
+        with pytest.warns(UserWarning, match=r"8 of 68 images in .* cannot be read: cat/cut\.jpg .* they are left out"):
             _ = data.arrays
         unused = [data.files[index] for index in data.indices(UNUSED)]
         assert unused == names, again

@@ -1,6 +1,7 @@
 """`litzoo predict` on pictures: every form of them against decoding by hand, kinds that do not fit, and broken files."""
 
 import csv
+import errno
 import json
 import subprocess
 import sys
@@ -266,14 +267,26 @@ def test_corrupt_pictures_are_named_and_the_others_classified(weights: Path, her
     (here / "photos" / "empty.png").write_bytes(b"")
     (here / "photos" / "text.gif").write_text("hello")
     message = mistake(capsys, weights, "photos", "--output", "rows.json", "--top", "3")
-    assert "3 of 6 files cannot be decoded: photos/cut.jpg (" in message
+    assert "3 of 6 files cannot be read: photos/cut.jpg (" in message
     assert "photos/empty.png (no picture), photos/text.gif (no picture); the others are classified" in message
     rows = json.loads(Path("rows.json").read_text())
     assert [row["file"] for row in rows] == [f"photos/{number}.png" for number in range(3)]
     assert confidence(rows) == pytest.approx(expected(weights, *images), abs=2e-6)
     message = mistake(capsys, weights, "photos/text.gif", "--output", "none.json")
-    assert "1 of 1 files cannot be decoded: photos/text.gif (no picture)" in message
+    assert "1 of 1 files cannot be read: photos/text.gif (no picture)" in message
     assert sorted(path.name for path in here.iterdir()) == ["photos", "rows.json"]
+
+
+def test_a_picture_that_may_not_be_read(
+    weights: Path, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.fromarray(pixels(0)).save("a.png")
+
+    def deny(path: Any, *arguments: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Image, "open", deny)
+    assert mistake(capsys, weights, "a.png").endswith("1 of 1 files cannot be read: a.png (Permission denied)")
 
 
 def test_help_names_both_kinds_and_imports_no_torch() -> None:

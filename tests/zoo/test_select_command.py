@@ -165,10 +165,10 @@ def test_broken_pictures_are_named_and_the_others_selected_from(run: Callable[..
     Path("photos/05.png").write_text("hello")
     status, _, errors = run("photos", *MODELS, "--output", "next")
     assert status == 2
-    assert errors == f"litzoo: 1 of {PICTURES} files cannot be decoded: photos/05.png (no picture); the others are selected from\n"
+    assert errors == f"litzoo: 1 of {PICTURES} files cannot be read: photos/05.png (no picture); the others are selected from\n"
     assert len(table("next/queue.csv")) + len(table("next/left_out.csv")) == PICTURES - 1
     status, _, errors = run("photos/05.png", *MODELS, "--output", "none")
-    assert (status, errors) == (2, "litzoo: 1 of 1 files cannot be decoded: photos/05.png (no picture)\n")
+    assert (status, errors) == (2, "litzoo: 1 of 1 files cannot be read: photos/05.png (no picture)\n")
     assert not Path("none").exists()
 
 

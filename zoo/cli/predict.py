@@ -173,5 +173,5 @@ def predict(argv: list[str]) -> int:
         _write(rows, _table if parts is None else part_table, output, "clouds" if kind == "points" else "pictures")
     if corrupt:
         done = "classified" if parts is None else "done"
-        raise CommandError(complaint(corrupt, len(files), kind, f"; the others are {done}" if rows else ""))
+        raise CommandError(complaint(corrupt, len(files), f"; the others are {done}" if rows else ""))
     return 0

@@ -56,7 +56,7 @@ class _Folder:
                 yield samples.inputs
                 bar.update(len(samples.places))
         if not self.places:
-            raise CommandError(complaint(self.corrupt, len(self.files), self.kind, ""))
+            raise CommandError(complaint(self.corrupt, len(self.files), ""))
 
     def facts(self, number: int) -> dict[str, Any]:
         path, index = self.places[number]
@@ -161,7 +161,7 @@ def select(arguments: list[str]) -> int:
     )
     _write(options, samples, selection, loaded[0].class_names)
     if isinstance(samples, _Folder) and samples.corrupt:
-        raise CommandError(complaint(samples.corrupt, len(samples.files), samples.kind, "; the others are selected from"))
+        raise CommandError(complaint(samples.corrupt, len(samples.files), "; the others are selected from"))
     return 0
 
 

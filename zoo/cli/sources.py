@@ -384,13 +384,12 @@ def read_sample(path: Path, number: int, kind: Kind, points: int | None = None, 
     return picture
 
 
-def complaint(corrupt: dict[Path, str], number: int, kind: Kind, rest: str) -> str:
+def complaint(corrupt: dict[Path, str], number: int, rest: str) -> str:
     """A sentence on files that could not be read.
 
     Args:
         corrupt: files and reasons.
         number: how many files there were.
-        kind: what they hold.
         rest: what became of the others, or "".
 
     Returns:
@@ -398,4 +397,4 @@ def complaint(corrupt: dict[Path, str], number: int, kind: Kind, rest: str) -> s
     """
     first = ", ".join(f"{path} ({reason})" for path, reason in list(corrupt.items())[:5])
     more = f" and {len(corrupt) - 5} more" if len(corrupt) > 5 else ""
-    return f"{len(corrupt)} of {number} files cannot be {'read' if kind == 'points' else 'decoded'}: {first}{more}{rest}"
+    return f"{len(corrupt)} of {number} files cannot be read: {first}{more}{rest}"
