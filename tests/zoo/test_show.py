@@ -1,5 +1,6 @@
 """`litzoo show`: which samples it draws, that views are those of training, and what it says to mistakes."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,33 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert lines[0].startswith("litzoo: ")
     assert words in lines[0]
     assert not list((tmp_path / "here").iterdir())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["data", *DIGITS, "--output"],
+        ["views", *DIGITS, "--output"],
+        ["critical", "a.npy", "--model", "none", "--output"],
+        ["parts", "a.npy", "--model", "none", "--output"],
+        ["embedding", "a.h5", "--output"],
+    ],
+)
+def test_a_folder_that_may_not_be_written_to_is_refused_before_any_work(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    np.save("a.npy", np.zeros((9, 3), np.float32))
+    Path("a.h5").touch()
+    monkeypatch.setattr(DigitsDataModule, "read", lambda self: pytest.fail("the data were read"))
+    file = "map.png" if arguments[0] == "embedding" else ""
+    assert main(["show", *arguments, str(Path("a.npy", "new", file))]) == 2
+    assert f"{tmp_path / 'a.npy'} is a file, give another folder" in capsys.readouterr().err
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    assert main(["show", *arguments, str(Path("new", "newer", file))]) == 2
+    assert f": you may not write to {tmp_path}, give another folder" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a.npy", "a.h5"}
 
 
 def test_help_names_both_subjects(capsys: pytest.CaptureFixture[str]) -> None:

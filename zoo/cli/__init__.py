@@ -34,6 +34,23 @@ def did_you_mean(word: str, words: list[str]) -> str:
     return f"did you mean {known[close[0]]}?" if close else f"there are: {', '.join(words)}"
 
 
+def check_folder(output: Path, folder: Path) -> None:
+    """Refuse a folder of pictures that cannot be made or written to, before they are computed.
+
+    Args:
+        output: what was given as --output.
+        folder: where the files will be; it is made when they are written.
+
+    Raises:
+        CommandError: if it is a file or lies in one, or may not be written to.
+    """
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise CommandError(f"--output {output}: {there} is a file, give another folder")
+    if not os.access(there, os.W_OK):
+        raise CommandError(f"--output {output}: you may not write to {there}, give another folder")
+
+
 def recipe_names() -> list[str]:
     """Names of the recipes that ship with litzoo."""
     return sorted(path.stem for path in CONFIGS.glob("*.yaml"))

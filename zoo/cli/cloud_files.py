@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from ...datamodules.meshes import SHAPE_SUFFIXES, read_cloud, turn_up, why_unreadable
-from . import CommandError
+from . import CommandError, check_folder
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -57,7 +57,7 @@ def check_cloud_options(options: Any) -> None:
         options: those of `add_cloud_options`.
 
     Raises:
-        CommandError: if a file is missing or of no kind that is read, or there are to be no points.
+        CommandError: if a file is missing or of no kind that is read, there are to be no points, or nothing may be written.
     """
     if options.points < 1:
         raise CommandError(f"--points must be at least 1, got {options.points}")
@@ -66,6 +66,7 @@ def check_cloud_options(options: Any) -> None:
             raise CommandError(f"there is no file {path}")
         if path.suffix.lower() not in (*SHAPE_SUFFIXES, *HDF5):
             raise CommandError(f"{path}: clouds are read from {_FILES}")
+    check_folder(options.output, options.output)
 
 
 def read_cloud_files(options: Any, classes: Collection[str] = ()) -> list[StoredCloud]:

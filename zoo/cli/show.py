@@ -7,7 +7,7 @@ import torch
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from . import CommandError, did_you_mean
+from . import CommandError, check_folder, did_you_mean
 from .data_options import Parser, add_data_options, parse_with_data
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def _parse(parser: ArgumentParser, arguments: list[str], subject: str) -> tuple[
     options, data = parse_with_data(parser, arguments, f"litzoo show {subject} draws")
     if data is None:
         raise CommandError("say which data: --config RECIPE or --data CLASS, such as --data FurnitureDataModule")
+    check_folder(options.output, options.output)
     return options, data
 
 

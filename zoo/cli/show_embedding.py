@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ..pretrained import load_encoder
-from . import CommandError
+from . import CommandError, check_folder
 from .data_options import Parser, add_data_options, parse_with_data
 from .embed import HDF5, SPLITS, Encoded, add_encoding_options, check_agreement, check_split, encode_split, has_embedding
 from .runs import run_of
@@ -77,6 +77,7 @@ def show_embedding(arguments: list[str]) -> int:
     for path in options.output:
         if path.suffix.lower() not in _FORMATS:
             raise CommandError(f"--output {path}: give names that end in {' or '.join(_FORMATS)}")
+        check_folder(path, path.parent)
     check_method(options.method)
     for source in options.sources:
         if _is_file(source) and not Path(source).is_file():
