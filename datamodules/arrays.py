@@ -424,12 +424,22 @@ class ArrayDataModule(LightningDataModule):
         # Lightning converts inputs before this hook, when they may still be integers: for "bf16-true" and "64-true" once more.
         return batch if self.trainer is None else self.trainer.precision_plugin.convert_input(batch)
 
-    def _loader(self, split: int, training: bool) -> BatchLoader:
+    def setup(self, stage: str) -> None:
+        # Before the callbacks are set up; the sanity check would tell it in the middle of its progress bar.
+        own = type(self).val_dataloader is ArrayDataModule.val_dataloader
+        if own and stage == "fit" and self.trainer is not None and self.trainer.enable_validation:
+            self._filled(VAL)
+
+    def _filled(self, split: int) -> Tensor:
         indices = self.indices(split)
-        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         if len(indices) == 0:
             cure = "; raise --data.val_fraction, or train without validation with --trainer.limit_val_batches 0" if split == VAL else ""
             raise DataError(f"{type(self).__name__}: the {SPLIT_NAMES[split]} split is empty{cure}")
+        return indices
+
+    def _loader(self, split: int, training: bool) -> BatchLoader:
+        indices = self._filled(split)
+        overfitting = getattr(self.trainer, "overfit_batches", 0) > 0
         label = self.arrays.label[indices] if self.balanced and training else None
         if label is not None and label.min() < 0:
             raise DataError(f"{type(self).__name__}: balanced=True needs labels, but some training samples have none")
