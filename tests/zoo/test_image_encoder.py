@@ -313,4 +313,4 @@ def test_an_encoder_alone_has_no_classes(photos: Path, downloads: list[str], cap
     with pytest.raises(ValueError, match="has no linear classifier on its features to rescale"):
         EncoderClassifier("timm:test_vit@32", num_classes=2, head="tau_normalized")
     with pytest.raises(ValueError, match="interpolation must be one of bilinear, bicubic; got 'nearest'"):
-        ImageEncoder("conv4", interpolation="nearest")  # type: ignore[arg-type]
+        ImageEncoder("conv4", interpolation="nearest")  # type: ignore[arg-type]  # the mistake that is tested
